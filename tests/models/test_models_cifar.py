@@ -1,0 +1,280 @@
+"""Every entry of the model registry: the CIFAR networks."""
+
+import pickle
+
+import cloudpickle
+import numpy as np
+import pytest
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from torch import Tensor
+
+from tmkd_ray.errors import UserError
+from tmkd_ray.models import MODELS, ImageClassifier, build_model, count_parameters
+from tmkd_ray.models.cifar_layers import channel_shuffle
+from tmkd_ray.types import TaskSpec
+
+NAMES = MODELS.names()
+
+# Millions of parameters for 100 classes, as papers of the field quote them (cut, not rounded, for resnet110).
+QUOTED_MILLIONS = {
+    "resnet8": 0.08,
+    "resnet20": 0.28,
+    "resnet32": 0.47,
+    "resnet56": 0.86,
+    "resnet110": 1.73,
+    "resnet8x4": 1.23,
+    "resnet32x4": 7.43,
+    "wrn_16_1": 0.18,
+    "wrn_16_2": 0.70,
+    "wrn_40_1": 0.57,
+    "wrn_40_2": 2.26,
+    "vgg8": 3.97,
+    "vgg13": 9.46,
+    "ShuffleV1": 0.95,
+    "ShuffleV2": 1.36,
+    "MobileNetV2": 0.81,
+    "ResNet50": 23.71,
+}
+
+# Some tensors of the field's published checkpoints for 100 classes, and how many there are in all.
+PUBLISHED_TENSORS: dict[str, tuple[int, dict[str, list[int]]]] = {
+    "resnet8x4": (
+        59,
+        {
+            "conv1.weight": [32, 3, 3, 3],
+            "layer1.0.downsample.0.weight": [64, 32, 1, 1],
+            "layer3.0.downsample.1.running_var": [256],
+            "fc.weight": [100, 256],
+        },
+    ),
+    "wrn_40_2": (
+        221,
+        {
+            "block1.layer.0.convShortcut.weight": [32, 16, 1, 1],
+            "block3.layer.5.conv2.weight": [128, 128, 3, 3],
+            "block2.layer.0.bn1.weight": [32],
+            "bn1.bias": [128],
+            "fc.bias": [100],
+        },
+    ),
+    "vgg13": (
+        72,
+        {
+            "block0.0.bias": [64],
+            "block0.3.weight": [64, 64, 3, 3],
+            "block4.4.running_mean": [512],
+            "classifier.weight": [100, 512],
+        },
+    ),
+    "ShuffleV1": (
+        296,
+        {
+            "layer1.0.conv1.weight": [54, 24, 1, 1],
+            "layer2.0.conv3.weight": [240, 20, 1, 1],
+            "linear.weight": [100, 960],
+        },
+    ),
+    "ShuffleV2": (
+        338,
+        {
+            "layer1.0.conv5.weight": [58, 58, 1, 1],
+            "layer2.7.bn3.weight": [116],
+            "conv2.weight": [1024, 464, 1, 1],
+            "linear.bias": [100],
+        },
+    ),
+    "MobileNetV2": (
+        314,
+        {
+            "conv1.0.weight": [16, 3, 3, 3],
+            "blocks.0.0.conv.0.weight": [16, 16, 1, 1],
+            "blocks.6.0.conv.7.weight": [160],
+            "conv2.1.bias": [1280],
+            "classifier.0.weight": [100, 1280],
+        },
+    ),
+    "ResNet50": (
+        320,
+        {
+            "layer1.0.shortcut.0.weight": [256, 64, 1, 1],
+            "layer4.2.bn3.running_mean": [2048],
+            "linear.weight": [100, 2048],
+        },
+    ),
+}
+
+
+def task(num_classes: int = 100, image_size: int = 32) -> TaskSpec:
+    return TaskSpec(tuple(f"class {index}" for index in range(num_classes)), image_size)
+
+
+def build(name: str, num_classes: int = 10, image_size: int = 32) -> ImageClassifier:
+    torch.manual_seed(0)
+    return build_model(name, task(num_classes, image_size))
+
+
+def randomise_batch_norms(model: ImageClassifier) -> None:
+    """Give the batch norms statistics and scales as if they had been trained."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.5)
+            module.running_var.uniform_(0.5, 2)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, 0, 0.5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes(name: str) -> None:
+    model = build(name, num_classes=7)
+    output = model(torch.randn(2, 3, 32, 32))
+    assert output.logits.shape == (2, 7)
+    assert output.feature.shape == (2, model.feature_width)
+    assert len(output.feature_maps) in (3, 4)
+    sizes = [feature_map.shape[2] for feature_map in output.feature_maps]
+    assert sizes == sorted(sizes, reverse=True)
+    assert all(m.ndim == 4 and m.shape[0] == 2 and m.shape[2] == m.shape[3] for m in output.feature_maps)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_evaluation_is_deterministic_and_head_of_feature_is_logits(name: str) -> None:
+    model = build(name).eval()
+    randomise_batch_norms(model)
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        output, again = model(images), model(images)
+        torch.testing.assert_close(model.head(output.feature), output.logits, rtol=0, atol=0)
+    torch.testing.assert_close(output.logits, again.logits, rtol=0, atol=0)
+    assert output.logits.std(dim=0).min() > 0, "the logits do not depend on the image"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_seed_builds_the_same_model(name: str) -> None:
+    for first, second in zip(build(name).parameters(), build(name).parameters(), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_reaches_every_parameter(name: str) -> None:
+    # In evaluation mode, as in training batch norm cancels the gradient of a bias before it.
+    model = build(name).eval()
+    model(torch.randn(4, 3, 32, 32)).logits.square().sum().backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.isfinite().all(), parameter_name
+        assert parameter.grad.any(), parameter_name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pickles_after_a_forward_pass(name: str) -> None:
+    model = build(name)
+    images = torch.randn(2, 3, 32, 32)
+    model(images)
+    model.eval()
+    for pickler in (pickle, cloudpickle):
+        copy = pickle.loads(pickler.dumps(model))
+        assert torch.equal(copy(images).logits, model(images).logits)
+
+
+@pytest.mark.parametrize("image_size", [8, 24, 64])
+@pytest.mark.parametrize("name", NAMES)
+def test_other_image_sizes(name: str, image_size: int) -> None:
+    model = build(name, image_size=image_size).eval()
+    with torch.no_grad():
+        output = model(torch.randn(1, 3, image_size, image_size))
+    assert output.feature.shape == (1, model.feature_width)
+    assert output.logits.isfinite().all()
+
+
+def test_vgg_refuses_images_that_it_would_pool_away() -> None:
+    with pytest.raises(UserError, match="8 pixels or more, not 7"):
+        build("vgg8", image_size=7)
+
+
+@pytest.mark.parametrize("name", QUOTED_MILLIONS)
+def test_number_of_parameters_is_the_one_the_field_quotes(name: str) -> None:
+    assert count_parameters(build(name, 100)) / 1e6 == pytest.approx(QUOTED_MILLIONS[name], abs=0.007)
+
+
+@pytest.mark.parametrize("name", PUBLISHED_TENSORS)
+def test_tensors_have_the_published_names_and_shapes(name: str) -> None:
+    number, tensors = PUBLISHED_TENSORS[name]
+    state = build(name, 100).state_dict()
+    assert {key: list(state[key].shape) for key in tensors} == tensors
+    assert len(state) == number
+
+
+@pytest.mark.parametrize("name", ["resnet20", "MobileNetV2", "ShuffleV2", "vgg8"])
+def test_compiles_without_a_graph_break(name: str) -> None:
+    model = build(name).eval()
+    images = torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images).logits, model(images).logits)
+
+
+def test_channel_shuffle_interleaves_the_groups() -> None:
+    maps = torch.arange(6.0).reshape(1, 6, 1, 1)
+    assert channel_shuffle(maps, 3).flatten().tolist() == [0, 2, 4, 1, 3, 5]
+
+
+# --- logits from an independent formula, in NumPy and float64 ---
+
+
+def conv(x_CHW: np.ndarray, weight: Tensor, stride: int = 1) -> np.ndarray:
+    w = weight.double().numpy()
+    padding = w.shape[2] // 2
+    padded = np.pad(x_CHW, ((0, 0), (padding, padding), (padding, padding)))
+    windows = sliding_window_view(padded, w.shape[2:], axis=(1, 2))[:, ::stride, ::stride]
+    return np.einsum("ihwab,oiab->ohw", windows, w)
+
+
+def norm(x_CHW: np.ndarray, state: dict[str, Tensor], name: str) -> np.ndarray:
+    mean, var, scale, shift = (
+        state[f"{name}.{part}"].double().numpy()[:, None, None]
+        for part in ("running_mean", "running_var", "weight", "bias")
+    )
+    return (x_CHW - mean) / np.sqrt(var + 1e-5) * scale + shift
+
+
+def relu(x: np.ndarray) -> np.ndarray:
+    return np.maximum(x, 0)
+
+
+def linear_of_mean(x_CHW: np.ndarray, state: dict[str, Tensor]) -> np.ndarray:
+    return state["fc.weight"].double().numpy() @ x_CHW.mean((1, 2)) + state["fc.bias"].double().numpy()
+
+
+def resnet8(x: np.ndarray, s: dict[str, Tensor]) -> np.ndarray:
+    x = relu(norm(conv(x, s["conv1.weight"]), s, "bn1"))
+    for layer, stride in (("layer1.0", 1), ("layer2.0", 2), ("layer3.0", 2)):
+        shortcut = x
+        if f"{layer}.downsample.0.weight" in s:
+            shortcut = norm(conv(x, s[f"{layer}.downsample.0.weight"], stride), s, f"{layer}.downsample.1")
+        x = relu(norm(conv(x, s[f"{layer}.conv1.weight"], stride), s, f"{layer}.bn1"))
+        x = relu(norm(conv(x, s[f"{layer}.conv2.weight"]), s, f"{layer}.bn2") + shortcut)
+    return linear_of_mean(x, s)
+
+
+def wrn_16_1(x: np.ndarray, s: dict[str, Tensor]) -> np.ndarray:
+    x = conv(x, s["conv1.weight"])
+    for block in ("block1", "block2", "block3"):
+        for index in (0, 1):
+            layer = f"{block}.layer.{index}"
+            stride = 2 if index == 0 and block != "block1" else 1
+            active = relu(norm(x, s, f"{layer}.bn1"))
+            out = relu(norm(conv(active, s[f"{layer}.conv1.weight"], stride), s, f"{layer}.bn2"))
+            if f"{layer}.convShortcut.weight" in s:
+                x = conv(active, s[f"{layer}.convShortcut.weight"], stride)
+            x = x + conv(out, s[f"{layer}.conv2.weight"])
+    return linear_of_mean(relu(norm(x, s, "bn1")), s)
+
+
+@pytest.mark.parametrize(("name", "formula"), [("resnet8", resnet8), ("wrn_16_1", wrn_16_1)])
+def test_logits_are_those_of_the_formula(name: str, formula: object) -> None:
+    model = build(name).double().eval()
+    randomise_batch_norms(model)
+    image = torch.randn(3, 16, 16, dtype=torch.float64)
+    with torch.no_grad():
+        logits = model(image[None]).logits[0].numpy()
+    np.testing.assert_allclose(logits, formula(image.numpy(), model.state_dict()), rtol=1e-9)

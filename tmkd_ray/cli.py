@@ -1,0 +1,167 @@
+"""The command line: `tmkd COMMAND --config FILE dotted.path=value …`."""
+
+import argparse
+import importlib.resources
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from tmkd_ray import __version__
+from tmkd_ray.config import ExperimentConfig
+from tmkd_ray.config_reading import dump_config, read_config
+from tmkd_ray.errors import UserError
+
+USER_ERROR = 2
+"""Exit code of what a user can mend; a defect of the program shows its traceback and exits with 1."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        config = read_config(options.config, options.overrides)
+        command: Callable[[ExperimentConfig, argparse.Namespace], None] = options.command
+        command(config, options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def demo_config() -> str:
+    """Return the path of the demo's configuration."""
+    return os.fspath(importlib.resources.files("tmkd_ray") / "demo.yaml")  # type: ignore[call-overload, no-any-return]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tmkd",
+        description="Knowledge distillation on Ray, with text-guided multi-view teachers.",
+    )
+    parser.add_argument("--version", action="version", version=f"tmkd-ray {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(
+        name: str, command: Callable[[ExperimentConfig, argparse.Namespace], None], description: str
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=description, description=description)
+        _add_config(sub)
+        sub.set_defaults(command=command)
+        return sub
+
+    add("run", _run, "the whole road: teachers, knowledge, students, evaluation, report")
+    demo = add("demo", _run, "the whole road on scikit-learn's handwritten digits, in minutes")
+    demo.set_defaults(config=demo_config())
+    add("fit-teacher", _fit_teacher, "fit the visual teacher")
+    add("fit-clip", _fit_clip, "fit CLIP on views and prior-aware prompts")
+    add("knowledge", _knowledge, "compute the knowledge store with the frozen teachers")
+    add("distill", _distill, "train the students from the knowledge store")
+    evaluate = add("evaluate", _evaluate, "measure the teachers and students that are there")
+    evaluate.add_argument("--split", choices=("test", "validation"), default="test")
+    config = commands.add_parser("config", help="look at a configuration")
+    actions = config.add_subparsers(title="actions", metavar="ACTION", required=True)
+    show = actions.add_parser("show", help="print the resolved configuration")
+    _add_config(show)
+    show.set_defaults(command=_show)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="the experiment's YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="path=value", help="override, as training.epochs=20")
+
+
+# The stages are imported by the commands that need them: Ray and torch take seconds to load.
+
+
+def _show(config: ExperimentConfig, options: argparse.Namespace) -> None:
+    print(dump_config(config), end="")
+
+
+def _run(config: ExperimentConfig, options: argparse.Namespace) -> None:
+    from tmkd_ray.stages.experiment import open_experiment
+    from tmkd_ray.stages.run import run
+    from tmkd_ray.stages.session import ray_session
+
+    experiment = open_experiment(config)
+    with ray_session(config.cluster):
+        run(experiment)
+
+
+def _fit_teacher(config: ExperimentConfig, options: argparse.Namespace) -> None:
+    from tmkd_ray.stages.experiment import open_experiment
+    from tmkd_ray.stages.fitting import fit_teacher
+    from tmkd_ray.stages.session import ray_session
+
+    if config.teacher.visual.checkpoint is not None:
+        raise UserError(
+            f"teacher.visual.checkpoint is {config.teacher.visual.checkpoint}: nothing to fit; set it to null"
+        )
+    experiment = open_experiment(config)
+    with ray_session(config.cluster):
+        fitted = fit_teacher(experiment)
+    assert fitted.outcome is not None
+    print(f"{fitted.path}\nvalidation accuracy {100 * fitted.outcome.validation_accuracy:.2f} %")
+
+
+def _fit_clip(config: ExperimentConfig, options: argparse.Namespace) -> None:
+    from tmkd_ray.stages.experiment import open_experiment
+    from tmkd_ray.stages.fitting import fit_clip
+    from tmkd_ray.stages.session import ray_session
+
+    if config.teacher.text is None or config.teacher.text.model is not None:
+        raise UserError("teacher.text names a model or is null: nothing to fit; set teacher.text.model to null")
+    experiment = open_experiment(config)
+    with ray_session(config.cluster):
+        fitted = fit_clip(experiment)
+    assert fitted is not None
+    assert fitted.outcome is not None
+    print(
+        f"{fitted.path}\nzero-shot validation accuracy, mean over views "
+        f"{100 * fitted.outcome.validation_accuracy:.2f} %"
+    )
+
+
+def _knowledge(config: ExperimentConfig, options: argparse.Namespace) -> None:
+    from tmkd_ray.stages.experiment import open_experiment
+    from tmkd_ray.stages.fitting import fit_clip, fit_teacher
+    from tmkd_ray.stages.knowledge import compute_knowledge
+    from tmkd_ray.stages.session import ray_session
+
+    experiment = open_experiment(config)
+    with ray_session(config.cluster):
+        result = compute_knowledge(experiment, fit_teacher(experiment), fit_clip(experiment))
+    manifest = result.manifest
+    print(
+        f"{result.store.path}: {manifest.rows('train'):,} training and {manifest.rows('validation'):,} "
+        f"validation images, {len(manifest.shards)} shards, {manifest.total_bytes() / 1e6:.1f} MB"
+    )
+
+
+def _distill(config: ExperimentConfig, options: argparse.Namespace) -> None:
+    from tmkd_ray.stages.distillation import distill
+    from tmkd_ray.stages.experiment import open_experiment
+    from tmkd_ray.stages.session import ray_session
+
+    experiment = open_experiment(config)
+    with ray_session(config.cluster):
+        students = distill(experiment)
+    for student in students:
+        print(
+            f"{student.path}\n{student.method} seed {student.seed}: validation accuracy "
+            f"{100 * student.outcome.validation_accuracy:.2f} % (epoch {student.outcome.best_epoch})"
+        )
+
+
+def _evaluate(config: ExperimentConfig, options: argparse.Namespace) -> None:
+    from tmkd_ray.stages.evaluation import format_measured, measure_all
+    from tmkd_ray.stages.experiment import open_experiment
+
+    print(format_measured(*measure_all(open_experiment(config), options.split)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,6 @@
+"""The knowledge store: what the frozen teachers say of each image, computed once."""
+
+from tmkd_ray.knowledge.layout import KnowledgeLayout
+from tmkd_ray.knowledge.store import KnowledgeArrays, KnowledgeStore, Manifest
+
+__all__ = ["KnowledgeArrays", "KnowledgeLayout", "KnowledgeStore", "Manifest"]

@@ -1,0 +1,116 @@
+"""Another library's classifier as an `ImageClassifier`: hooks note its head's input and its stages' outputs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tmkd_ray.errors import UserError
+from tmkd_ray.models.base import ImageClassifier
+from tmkd_ray.types import ModelOutput, TaskSpec
+
+
+class WrappedClassifier(ImageClassifier):
+    """A classifier of images, seen through hooks.
+
+    Nothing outlives a call of `forward`, so it pickles like any module. Two threads must not run it at once.
+
+    Args:
+        wrapped: images [B, 3, H, W] to logits [B, C]; its state dict keeps its own names, see `inner`.
+        head: the name of its last linear layer.
+        stages: the names of the modules that put out the feature maps.
+    """
+
+    def __init__(self, wrapped: nn.Module, head: str, stages: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.wrapped = wrapped
+        self._head = head
+        self._recorder = _Recorder()
+        wrapped.get_submodule(head).register_forward_pre_hook(_RecordInput(self._recorder))
+        for stage in stages:
+            wrapped.get_submodule(stage).register_forward_hook(_RecordOutput(self._recorder))
+
+    @property
+    def head(self) -> nn.Linear:
+        layer = self.wrapped.get_submodule(self._head)
+        assert isinstance(layer, nn.Linear)
+        return layer
+
+    @property
+    def inner(self) -> nn.Module:
+        return self.wrapped
+
+    def forward(self, images_BCHW: Tensor) -> ModelOutput:
+        self._recorder.start()
+        logits_BC, maps = self.run_wrapped(images_BCHW)
+        inputs, outputs = self._recorder.stop()
+        assert len(inputs) == 1
+        return ModelOutput(logits_BC, inputs[0], maps or tuple(outputs))
+
+    def run_wrapped(self, images_BCHW: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the logits [B, C], and the feature maps if the wrapped model itself returns them."""
+        return self.wrapped(images_BCHW), ()
+
+
+def last_linear(module: nn.Module) -> str | None:
+    """Return the name of the linear layer that is registered last."""
+    names = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    return names[-1] if names else None
+
+
+def try_out(model: ImageClassifier, name: str, task: TaskSpec) -> ModelOutput:
+    """Run `model` on one image of the task's size, in evaluation mode, and leave it in training mode.
+
+    Raises:
+        UserError: it cannot take images of this size.
+    """
+    size = task.image_size
+    # Not noise: building a model must draw its weights from the random generator and nothing else.
+    image_1CHW = torch.linspace(-1, 1, 3 * size * size).reshape(1, 3, size, size)
+    model.eval()
+    try:
+        with torch.no_grad():
+            output: ModelOutput = model(image_1CHW)
+    except (AssertionError, RuntimeError, ValueError) as error:  # what the libraries' own shape checks raise
+        raise UserError(f"{name} cannot take images of {size}×{size} pixels: {error}") from error
+    model.train()
+    return output
+
+
+class _Recorder:
+    """Collects tensors between `start` and `stop`."""
+
+    def __init__(self) -> None:
+        self.active = False
+        self.inputs: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+
+    def start(self) -> None:
+        self.active = True
+        self.inputs, self.outputs = [], []
+
+    def stop(self) -> tuple[list[Tensor], list[Tensor]]:
+        self.active = False
+        inputs, outputs = self.inputs, self.outputs
+        self.inputs, self.outputs = [], []
+        return inputs, outputs
+
+
+@dataclass(eq=False)
+class _RecordInput:
+    recorder: _Recorder
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.recorder.active:
+            self.recorder.inputs.append(args[0])
+
+
+@dataclass(eq=False)
+class _RecordOutput:
+    recorder: _Recorder
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if self.recorder.active:
+            self.recorder.outputs.append(output)

@@ -1,0 +1,207 @@
+"""The training objective: TMKD's five terms around any distillation strategy (arXiv 2603.24208).
+
+    L = ce_weight CE + kd_weight strategy(z_S, z_T, F, …) + feature_weight |proj_D(f_S) - F|²
+        + text_weight τ² KL(q ‖ p_S) + contrastive_weight L_vlc
+
+Turning terms off leaves the baselines: `alone` (cross-entropy), `kd` (a strategy on the plain teacher).
+"""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
+from torch import Tensor, nn
+
+from tmkd_ray.distillers import STRATEGIES, DistillationSpec, StrategyConfig, build_strategy
+from tmkd_ray.distillers.feature_mse import FeatureMSE, FeatureMSEConfig
+from tmkd_ray.distillers.kd import KDConfig
+from tmkd_ray.fusion import Weighting
+from tmkd_ray.losses import gather_from_workers, info_nce, kl_divergence
+from tmkd_ray.settings import Settings, resolve_named
+from tmkd_ray.types import LossOutput, ModelOutput, TeacherOutput
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "alone": {"teacher": "none", "ce_weight": 1.0},
+    "kd": {"teacher": "plain", "ce_weight": 0.1, "kd_weight": 0.9},
+    "tmkd": {
+        "teacher": "fused",
+        "ce_weight": 0.1,
+        "kd_weight": 0.9,
+        "feature_weight": 0.1,
+        "text_weight": 0.1,
+        "contrastive_weight": 0.1,
+    },
+}
+
+
+class DistillerConfig(Settings):
+    """What the student learns from, and how much of each.
+
+    `name` picks defaults (`alone`, `kd`, `tmkd`); every field can still be set. As a bare string
+    (`distiller: kd`) it stands for the preset.
+    """
+
+    name: Literal["alone", "kd", "tmkd"] = "tmkd"
+    teacher: Literal["none", "plain", "fused"]
+    strategy: SerializeAsAny[StrategyConfig] = Field(default_factory=KDConfig)
+    views: tuple[str, ...] | None = Field(
+        default=None,
+        description="views to fuse; null: all. The plain teacher uses the first",
+    )
+    weighting: Weighting = "label"
+    fusion_temperature: float = Field(default=0.1, gt=0)
+    clip_temperature: float | None = Field(default=None, gt=0, description="null: CLIP's own")
+    ce_weight: float = Field(default=0.0, ge=0)
+    kd_weight: float = Field(default=0.0, ge=0)
+    feature_weight: float = Field(default=0.0, ge=0)
+    text_weight: float = Field(default=0.0, ge=0)
+    text_temperature: float = Field(default=1.0, gt=0)
+    contrastive_weight: float = Field(default=0.0, ge=0)
+    contrastive_mode: Literal["class", "instance", "both"] = "both"
+    contrastive_temperature: float = Field(default=0.1, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            data = {"name": data}
+        if isinstance(data, dict):
+            data = {**PRESETS.get(str(data.get("name", "tmkd")), PRESETS["tmkd"]), **data}
+        return data
+
+    @field_validator("strategy", mode="before")
+    @classmethod
+    def _resolve_strategy(cls, value: Any) -> Any:
+        return resolve_named(value, STRATEGIES, default="kd")
+
+    @model_validator(mode="after")
+    def _check_terms(self) -> "DistillerConfig":
+        teaching = {term: getattr(self, f"{term}_weight") for term in ("kd", "feature", "text", "contrastive")}
+        if self.teacher == "none" and any(teaching.values()):
+            wanted = ", ".join(f"{term}_weight" for term, weight in teaching.items() if weight)
+            raise ValueError(f"teacher is none, but {wanted} is above zero")
+        if not self.ce_weight and not any(teaching.values()):
+            raise ValueError("every loss weight is zero: nothing to learn from")
+        return self
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """The fields of `TeacherOutput` that the terms in use read."""
+        needed: set[str] = set()
+        if self.kd_weight:
+            needed |= STRATEGIES.get(self.strategy.name).requires
+        if self.feature_weight:
+            needed.add("feature")
+        if self.text_weight:
+            needed.add("text_logits")
+        if self.contrastive_weight:
+            needed |= {"text_bank"} if self.contrastive_mode == "class" else {"clip_embedding", "text_bank"}
+        return frozenset(needed)
+
+    @property
+    def needs_text_teacher(self) -> bool:
+        """Whether CLIP takes part: in a term, or in the views' weights."""
+        weighs = self.teacher == "fused" and self.weighting != "uniform"
+        return weighs or bool(self.requires & {"text_logits", "clip_embedding", "text_bank"})
+
+
+def class_contrast(
+    embedding_BE: Tensor, text_bank_VCE: Tensor, view_weights_BV: Tensor, labels_B: Tensor, temperature: float
+) -> Tensor:
+    """InfoNCE of the student's embedding against the class texts, each view's text by its semantic weight.
+
+    Args:
+        embedding_BE: unit length.
+    """
+    similarity_BVC = torch.einsum("be,vce->bvc", embedding_BE, text_bank_VCE)
+    similarity_BC = torch.einsum("bv,bvc->bc", view_weights_BV, similarity_BVC)
+    return info_nce(similarity_BC / temperature, labels_B)
+
+
+def instance_contrast(embedding_BE: Tensor, clip_embedding_BE: Tensor, temperature: float) -> Tensor:
+    """InfoNCE of the student's embedding against the CLIP image embeddings of the global batch.
+
+    The positive is the image's own; the negatives come from all DDP workers.
+
+    Args:
+        embedding_BE, clip_embedding_BE: unit length.
+    """
+    keys_NE, start = gather_from_workers(clip_embedding_BE)
+    targets_B = torch.arange(len(embedding_BE), device=embedding_BE.device) + start
+    return info_nce(embedding_BE @ keys_NE.T / temperature, targets_B)
+
+
+class Distiller(nn.Module):
+    """The objective with its trainable heads. It holds no teacher: the teacher's output comes with the batch.
+
+    Args:
+        label_smoothing: of the cross-entropy term.
+    """
+
+    def __init__(self, config: DistillerConfig, spec: DistillationSpec, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.config = config
+        self.label_smoothing = label_smoothing
+        self.strategy = build_strategy(config.strategy, spec) if config.kd_weight else None
+        self.feature = FeatureMSE(FeatureMSEConfig(), spec) if config.feature_weight else None
+        self.projection: nn.Linear | None = None
+        if config.contrastive_weight:
+            assert spec.clip_width is not None
+            self.projection = nn.Linear(spec.student_width, spec.clip_width)
+
+    def forward(self, student: ModelOutput, teacher: TeacherOutput | None, labels_B: Tensor) -> LossOutput:
+        """Return the weighted loss and its unweighted terms.
+
+        Args:
+            teacher: None where `config.teacher` is none.
+        """
+        config = self.config
+        terms: dict[str, Tensor] = {}
+        parts: dict[str, Tensor] = {}
+        if config.ce_weight:
+            terms["ce"] = F.cross_entropy(
+                student.logits.float(), labels_B, label_smoothing=self.label_smoothing
+            )
+        if teacher is not None:
+            if self.strategy is not None:
+                output: LossOutput = self.strategy(student, teacher, labels_B)
+                terms["kd"], parts = output.loss, output.terms
+            if self.feature is not None:
+                terms["feature"] = self.feature(student, teacher, labels_B).loss
+            if config.text_weight:
+                terms["text"] = self._text_term(student, teacher)
+            if self.projection is not None:
+                terms["contrastive"] = self._contrastive_term(self.projection, student, teacher, labels_B)
+        weighted = [getattr(config, f"{name}_weight") * value for name, value in terms.items()]
+        return LossOutput(torch.stack(weighted).sum(), terms | parts)
+
+    def _text_term(self, student: ModelOutput, teacher: TeacherOutput) -> Tensor:
+        assert teacher.text_logits is not None
+        # q is already at CLIP's temperature; only the student's logits are softened.
+        temperature = self.config.text_temperature
+        return kl_divergence(teacher.text_logits, student.logits / temperature, 1.0) * temperature**2
+
+    def _contrastive_term(
+        self, projection: nn.Linear, student: ModelOutput, teacher: TeacherOutput, labels_B: Tensor
+    ) -> Tensor:
+        config = self.config
+        embedding_BE = F.normalize(projection(student.feature).float(), dim=1)
+        losses = []
+        if config.contrastive_mode in ("class", "both"):
+            assert teacher.text_bank is not None
+            losses.append(
+                class_contrast(
+                    embedding_BE,
+                    teacher.text_bank,
+                    teacher.view_weights,
+                    labels_B,
+                    config.contrastive_temperature,
+                )
+            )
+        if config.contrastive_mode in ("instance", "both"):
+            assert teacher.clip_embedding is not None
+            losses.append(
+                instance_contrast(embedding_BE, teacher.clip_embedding, config.contrastive_temperature)
+            )
+        return torch.stack(losses).mean()

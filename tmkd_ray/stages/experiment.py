@@ -1,0 +1,112 @@
+"""A configuration together with what it refers to: the dataset, its splits, the run's folder."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from tmkd_ray import __version__, storage
+from tmkd_ray.config import ExperimentConfig, TrainingConfig
+from tmkd_ray.config_reading import dump_config
+from tmkd_ray.datasets import build_dataset
+from tmkd_ray.datasets.base import ImageDataset, SampleIndex
+from tmkd_ray.datasets.splits import split_train
+from tmkd_ray.errors import UserError
+from tmkd_ray.settings import ImageStatistics
+from tmkd_ray.types import TaskSpec
+from tmkd_ray.views import build_view
+from tmkd_ray.views.base import View
+
+_ONLY_WHERE_NOT_WHAT = {"num_workers", "num_cpus_per_worker", "use_gpu", "max_failures", "checkpoint_every"}
+"""Training settings that say where and how safely to run; the result is the same."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An opened experiment; it travels to the workers, so its paths are from the root.
+
+    Attributes:
+        train, validation: the two parts of the dataset's train split.
+        folder: of the run. store_path: of its knowledge store.
+    """
+
+    config: ExperimentConfig
+    dataset: ImageDataset
+    train: SampleIndex
+    validation: SampleIndex
+    folder: str
+    store_path: str
+
+    @property
+    def task(self) -> TaskSpec:
+        return TaskSpec(self.dataset.class_names, self.config.dataset.image_size)
+
+    def views(self) -> dict[str, View]:
+        return {name: build_view(name, config) for name, config in self.config.views.items()}
+
+    def prompts(self) -> dict[str, tuple[str, ...]]:
+        return {name: config.prompts for name, config in self.config.views.items()}
+
+    def teacher_statistics(self) -> tuple[ImageStatistics, ImageStatistics]:
+        """Return mean and std of the visual teacher's normalisation."""
+        visual, dataset = self.config.teacher.visual, self.config.dataset
+        return visual.mean or dataset.mean, visual.std or dataset.std
+
+    def data_identity(self) -> dict[str, Any]:
+        """Return what tells this data from other data, for fingerprints."""
+        chosen = hashlib.sha256()
+        for index in (self.train, self.validation):
+            chosen.update("\n".join(index.ids).encode() + index.labels.tobytes())
+        return {
+            "name": self.config.dataset.name,
+            "content": self.dataset.fingerprint("train"),
+            "samples": chosen.hexdigest(),
+            "num_train": len(self.train),
+            "num_validation": len(self.validation),
+            "image_size": self.config.dataset.image_size,
+        }
+
+    def save_config(self) -> None:
+        """Write the resolved configuration into the run's folder."""
+        storage.write_bytes(storage.join(self.folder, "config.yaml"), dump_config(self.config).encode())
+
+
+def open_experiment(config: ExperimentConfig) -> Experiment:
+    """Find the data and check all that can be checked before anything starts.
+
+    Raises:
+        UserError: data, class names or checkpoints do not exist or do not fit.
+    """
+    dataset = build_dataset(config.dataset)
+    index = dataset.index("train")
+    train, validation = split_train(index, config.dataset.validation_fraction, config.dataset.split_seed)
+    if len(validation) == 0:
+        raise UserError(
+            f"dataset {config.dataset.name}: no class has two images, so none is left for validation"
+        )
+    for name, fit in _fits(config).items():
+        if len(train) < fit.num_workers:
+            raise UserError(
+                f"{name}.num_workers is {fit.num_workers}, but there are {len(train)} training images"
+            )
+    folder = storage.join(storage.absolute(config.output), config.name)
+    store_path = storage.absolute(config.knowledge.path or storage.join(folder, "knowledge"))
+    return Experiment(config, dataset, train, validation, folder, store_path)
+
+
+def _fits(config: ExperimentConfig) -> dict[str, TrainingConfig]:
+    fits = {"training": config.training, "teacher.visual.fit": config.teacher.visual.fit}
+    if config.teacher.text is not None:
+        fits["teacher.text.fit"] = config.teacher.text.fit
+    return fits
+
+
+def training_identity(training: TrainingConfig) -> dict[str, Any]:
+    """Return the settings that decide what is learnt."""
+    return training.model_dump(mode="json", exclude=_ONLY_WHERE_NOT_WHAT)
+
+
+def identity_key(*parts: Any) -> str:
+    """Return a short hash of plain values and of this program's version."""
+    content = json.dumps([__version__, *parts], sort_keys=True).encode()
+    return hashlib.sha256(content).hexdigest()[:12]

@@ -1,0 +1,212 @@
+"""CLIP, the text teacher: Radford et al. 2021, arXiv 2103.00020, in transformers' format."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from tokenizers import pre_tokenizers
+from torch import Tensor, nn
+
+from tmkd_ray.errors import UserError
+from tmkd_ray.settings import ImageStatistics
+from tmkd_ray.teachers.pixels import Normalize, weights_fingerprint
+
+MAX_TOKENS = 77
+"""CLIP's context length."""
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars while weights are read or written: they come once per actor."""
+    was_on = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _tensor(output: Any) -> Tensor:
+    """The projected embedding, which transformers returns bare or as the pooler output."""
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+class ClipTeacher(nn.Module):
+    """A CLIP model with its tokenizer and image preprocessing.
+
+    Args:
+        model: transformers' CLIPModel, or one with the same `get_image_features` and `get_text_features`.
+        image_size: input height and width, in pixels.
+        mean, std: of its image preprocessing.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, image_size: int, mean: ImageStatistics, std: ImageStatistics
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.image_size = image_size
+        self.mean, self.std = mean, std
+        self.normalize = Normalize(mean, std)
+
+    @classmethod
+    def load(cls, name_or_folder: str) -> "ClipTeacher":
+        """Load a CLIP by name or folder, frozen.
+
+        Raises:
+            UserError: it cannot be found or is not a CLIP.
+        """
+        try:
+            with _quiet():
+                model = transformers.AutoModel.from_pretrained(name_or_folder)
+                tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_folder)
+                processor = transformers.AutoImageProcessor.from_pretrained(name_or_folder)
+        except (OSError, ValueError, KeyError) as error:
+            where = "folder" if os.path.isdir(name_or_folder) else "folder or model name"
+            raise UserError(
+                f"teacher.text.model: cannot load a CLIP from the {where} {name_or_folder!r}: {error}"
+            ) from error
+        if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
+            raise UserError(f"teacher.text.model: {name_or_folder!r} is a {type(model).__name__}, not a CLIP")
+        size = model.config.vision_config.image_size
+        teacher = cls(model, tokenizer, size, tuple(processor.image_mean), tuple(processor.image_std))
+        return teacher.eval().requires_grad_(False)
+
+    @classmethod
+    def new(
+        cls,
+        texts: Sequence[str],
+        *,
+        image_size: int,
+        patch_size: int,
+        embedding_width: int,
+        vision_width: int,
+        vision_layers: int,
+        text_width: int,
+        text_layers: int,
+        head_width: int,
+        vocabulary_size: int,
+        mean: ImageStatistics,
+        std: ImageStatistics,
+    ) -> "ClipTeacher":
+        """Build an untrained small CLIP whose tokenizer (byte-pair encoding) is trained on `texts`."""
+        tokenizer = train_tokenizer(texts, vocabulary_size)
+        longest = max(len(ids) for ids in tokenizer(list(texts)).input_ids)
+        shared = {"projection_dim": embedding_width}
+        config = transformers.CLIPConfig(
+            text_config={
+                "vocab_size": len(tokenizer),
+                "hidden_size": text_width,
+                "intermediate_size": 4 * text_width,
+                "num_hidden_layers": text_layers,
+                "num_attention_heads": text_width // head_width,
+                "max_position_embeddings": min(MAX_TOKENS, longest + 8),
+                "bos_token_id": tokenizer.bos_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+                "pad_token_id": tokenizer.pad_token_id,
+                **shared,
+            },
+            vision_config={
+                "hidden_size": vision_width,
+                "intermediate_size": 4 * vision_width,
+                "num_hidden_layers": vision_layers,
+                "num_attention_heads": vision_width // head_width,
+                "image_size": image_size,
+                "patch_size": patch_size,
+                **shared,
+            },
+            **shared,
+        )
+        return cls(transformers.CLIPModel(config), tokenizer, image_size, mean, std)
+
+    def save(self, folder: str) -> None:
+        """Write model, tokenizer and preprocessing so that `from_pretrained(folder)` reads them."""
+        processor = transformers.CLIPImageProcessor(
+            size={"height": self.image_size, "width": self.image_size},
+            do_center_crop=False,
+            image_mean=list(self.mean),
+            image_std=list(self.std),
+        )
+        with _quiet():
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            processor.save_pretrained(folder)
+
+    @property
+    def embedding_width(self) -> int:
+        return int(self.model.config.projection_dim)
+
+    @property
+    def temperature(self) -> float:
+        """1 / exp(logit_scale): the temperature CLIP was trained with."""
+        return float(torch.exp(-self.model.logit_scale.detach().float()))
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the weights and preprocessing that the image embeddings depend on."""
+        state = {k: v for k, v in self.model.state_dict().items() if not k.startswith("text")}
+        state["preprocessing"] = torch.tensor([self.image_size, *self.mean, *self.std])
+        return weights_fingerprint(state)
+
+    def text_fingerprint(self) -> str:
+        """Return the SHA-256 of the text tower's weights."""
+        return weights_fingerprint(
+            {k: v for k, v in self.model.state_dict().items() if k.startswith(("text", "logit"))}
+        )
+
+    def encode_images(self, images_BHWC: Tensor) -> Tensor:
+        """Return float32 [B, E], unit length, of uint8 images (resized to the model's input size)."""
+        images = self.normalize(images_BHWC)
+        if images.shape[-1] != self.image_size:
+            images = F.interpolate(
+                images, size=(self.image_size, self.image_size), mode="bicubic", antialias=True
+            )
+        embedding_BE = _tensor(self.model.get_image_features(pixel_values=images)).float()
+        return F.normalize(embedding_BE, dim=1)
+
+    def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Return `input_ids` and `attention_mask`, [len(texts), tokens], padded to the longest."""
+        limit = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt"
+        )
+        return {name: tokens[name] for name in ("input_ids", "attention_mask")}
+
+    def encode_texts(self, tokens: Mapping[str, Tensor]) -> Tensor:
+        """Return float32 [texts, E], unit length."""
+        return F.normalize(_tensor(self.model.get_text_features(**tokens)).float(), dim=1)
+
+    @torch.inference_mode()
+    def text_bank(self, prompts: Sequence[Sequence[str]], class_names: Sequence[str]) -> Tensor:
+        """Return the text bank [V, C, E]: mean over a view's prompts of unit embeddings, unit length.
+
+        Args:
+            prompts: for each of V views its templates, each with one `{}` for the class name.
+        """
+        device = self.normalize.scale.device
+        bank = []
+        for templates in prompts:
+            sums_CE = torch.zeros(len(class_names), self.embedding_width, device=device)
+            for template in templates:
+                for start in range(0, len(class_names), 256):
+                    texts = [template.format(name) for name in class_names[start : start + 256]]
+                    tokens = {k: v.to(device) for k, v in self.tokenize(texts).items()}
+                    sums_CE[start : start + 256] += self.encode_texts(tokens)
+            bank.append(F.normalize(sums_CE, dim=1))
+        return torch.stack(bank).clone()
+
+
+def train_tokenizer(texts: Sequence[str], vocabulary_size: int) -> Any:
+    """Return a CLIPTokenizer whose byte-pair merges are learnt from `texts`."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    symbols = ["<|startoftext|>", "<|endoftext|>", *alphabet, *(f"{symbol}</w>" for symbol in alphabet)]
+    blank = transformers.CLIPTokenizer(
+        vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[], model_max_length=MAX_TOKENS
+    )
+    # show_progress writes bars to stderr, which in a cluster is everyone's log.
+    return blank.train_new_from_iterator([list(texts)], vocab_size=vocabulary_size, show_progress=False)

@@ -1,0 +1,144 @@
+"""Fit a CLIP on views × prior-aware prompts."""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tmkd_ray import storage
+from tmkd_ray.augmentation import AugmentationConfig
+from tmkd_ray.config import TrainingConfig
+from tmkd_ray.datasets.decode import LoadedImages
+from tmkd_ray.teachers import ClipTeacher
+from tmkd_ray.training.augmented_views import AugmentedViews, ViewBatch
+from tmkd_ray.training.context import WorkerContext
+from tmkd_ray.training.loop import StepOutput, TrainTask
+from tmkd_ray.training.metrics import evaluate
+from tmkd_ray.types import LossOutput
+from tmkd_ray.views.base import View
+
+_MAX_LOGIT_SCALE = 4.6052
+"""ln 100: CLIP clips its scale there."""
+
+
+def contrastive_loss(similarity_BM: Tensor, positives_BM: Tensor) -> Tensor:
+    """Symmetric contrastive loss of images against captions, where several images may share a caption.
+
+    Each image has one right caption; each caption that some image has is spread evenly over its images.
+    With as many captions as images this is CLIP's loss. Source: Yang et al. 2022, "Unified contrastive learning
+    in image-text-label space", arXiv 2204.03610, eq. 2-4.
+
+    Args:
+        similarity_BM: over the temperature.
+        positives_BM: bool, caption m is image b's; exactly one per row, at least one per column.
+    """
+    image_to_text = F.cross_entropy(similarity_BM, positives_BM.float().argmax(1))
+    share_MB = positives_BM.T.float() / positives_BM.sum(0).float()[:, None]
+    text_to_image = F.cross_entropy(similarity_BM.T, share_MB)
+    return 0.5 * (image_to_text + text_to_image)
+
+
+class ClipModule(nn.Module):
+    """CLIP and its captions: every view's templates filled with every class name."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+    def __init__(self, clip: ClipTeacher, prompts: Sequence[Sequence[str]], class_names: Sequence[str]) -> None:
+        super().__init__()
+        self.clip = clip
+        self.num_classes = len(class_names)
+        texts: list[str] = []
+        self.first: list[list[int]] = []
+        for templates in prompts:
+            self.first.append([])
+            for template in templates:
+                self.first[-1].append(len(texts))
+                texts += [template.format(name) for name in class_names]
+        tokens = clip.tokenize(texts)
+        self.register_buffer("input_ids", tokens["input_ids"], persistent=False)
+        self.register_buffer("attention_mask", tokens["attention_mask"], persistent=False)
+
+    def forward(self, batch: ViewBatch) -> StepOutput:
+        image_BE = self.clip.encode_images(batch.images)
+        captions_B = batch.view_indices * self.num_classes + batch.labels
+        captions_M, position_B = torch.unique(captions_B, return_inverse=True)
+        # One template per view and step, drawn from the generator that the loop seeds.
+        first_V = torch.tensor(
+            [choices[int(torch.randint(len(choices), ()))] for choices in self.first],
+            device=captions_M.device,
+        )
+        rows_M = first_V[captions_M // self.num_classes] + captions_M % self.num_classes
+        text_ME = self.clip.encode_texts(
+            {"input_ids": self.input_ids[rows_M], "attention_mask": self.attention_mask[rows_M]}
+        )
+        scale = self.clip.model.logit_scale.clamp(max=_MAX_LOGIT_SCALE).exp()
+        similarity_BM = scale * image_BE @ text_ME.T
+        positives_BM = F.one_hot(position_B, len(captions_M)).bool()
+        loss = contrastive_loss(similarity_BM.float(), positives_BM)
+        correct = (similarity_BM.argmax(1) == position_B).sum()
+        return StepOutput(LossOutput(loss, {"contrastive": loss}), correct)
+
+
+class ClipTask(TrainTask):
+    """A CLIP in training. The epoch to keep has the best zero-shot accuracy, averaged over the views.
+
+    Args:
+        views: by name. prompts: of each view, in the same order.
+    """
+
+    def __init__(
+        self,
+        clip: ClipTeacher,
+        train: LoadedImages,
+        validation: LoadedImages,
+        views: dict[str, View],
+        prompts: Sequence[Sequence[str]],
+        class_names: Sequence[str],
+        training: TrainingConfig,
+        augmentation: AugmentationConfig,
+    ) -> None:
+        self.module: ClipModule = ClipModule(clip, prompts, class_names)
+        self.training = training
+        self.prompts, self.class_names = prompts, class_names
+        self.data = AugmentedViews(train, list(views.values()), augmentation, training.seed)
+        self.num_samples = len(self.data)
+        self.validation_views = [torch.from_numpy(view(validation.images)) for view in views.values()]
+        self.validation_labels = torch.from_numpy(validation.labels)
+
+    def batches(self, epoch: int, context: WorkerContext) -> Iterator[ViewBatch]:
+        return self.data.batches(
+            epoch, self.training.batch_size, context.rank, context.world_size, context.device
+        )
+
+    def validate(self, context: WorkerContext) -> dict[str, float]:
+        clip = self.module.clip
+        bank_VCE = clip.text_bank(self.prompts, self.class_names)
+        accuracies = []
+        for images, text_CE in zip(self.validation_views, bank_VCE, strict=True):
+
+            def predict(batch: Tensor, text_CE: Tensor = text_CE) -> Tensor:
+                return clip.encode_images(batch) @ text_CE.T
+
+            accuracies.append(
+                evaluate(predict, images, self.validation_labels, context, self.training.evaluation_batch_size)[
+                    "accuracy"
+                ]
+            )
+        return {"accuracy": sum(accuracies) / len(accuracies)}
+
+    @property
+    def kept(self) -> nn.Module:
+        network: nn.Module = self.module.clip.model
+        return network
+
+    def save(self, folder: str, weights: Mapping[str, Tensor]) -> None:
+        """Write a folder that `from_pretrained` reads."""
+        self.kept.load_state_dict(weights)
+        with tempfile.TemporaryDirectory() as local:
+            self.module.clip.save(local)
+            for file in sorted(Path(local).iterdir()):
+                storage.write_bytes(storage.join(folder, file.name), file.read_bytes())

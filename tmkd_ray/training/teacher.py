@@ -1,0 +1,87 @@
+"""Fit a visual teacher, on the original images or on all views."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tmkd_ray.augmentation import AugmentationConfig
+from tmkd_ray.config import TrainingConfig
+from tmkd_ray.datasets.decode import LoadedImages
+from tmkd_ray.models import ImageClassifier
+from tmkd_ray.settings import ImageStatistics
+from tmkd_ray.teachers.pixels import Normalize
+from tmkd_ray.training.augmented_views import AugmentedViews, ViewBatch
+from tmkd_ray.training.context import WorkerContext
+from tmkd_ray.training.loop import StepOutput, TrainTask
+from tmkd_ray.training.metrics import evaluate
+from tmkd_ray.types import LossOutput, ModelOutput
+from tmkd_ray.views.base import View
+
+
+class ClassifierModule(nn.Module):
+    """A classifier with its normalisation, trained by cross-entropy."""
+
+    def __init__(self, model: ImageClassifier, normalize: Normalize, label_smoothing: float) -> None:
+        super().__init__()
+        self.model = model
+        self.normalize = normalize
+        self.label_smoothing = label_smoothing
+
+    def forward(self, batch: ViewBatch) -> StepOutput:
+        output: ModelOutput = self.model(self.normalize(batch.images))
+        loss = F.cross_entropy(output.logits.float(), batch.labels, label_smoothing=self.label_smoothing)
+        return StepOutput(LossOutput(loss, {"ce": loss}), (output.logits.argmax(1) == batch.labels).sum())
+
+
+class TeacherTask(TrainTask):
+    """A visual teacher in training. The epoch to keep is the best on the mean over the views it is fitted on.
+
+    Args:
+        views: by name; those the teacher is to see.
+    """
+
+    def __init__(
+        self,
+        model: ImageClassifier,
+        train: LoadedImages,
+        validation: LoadedImages,
+        views: dict[str, View],
+        training: TrainingConfig,
+        augmentation: AugmentationConfig,
+        mean: ImageStatistics,
+        std: ImageStatistics,
+    ) -> None:
+        self.module: ClassifierModule = ClassifierModule(model, Normalize(mean, std), training.label_smoothing)
+        self.training = training
+        self.data = AugmentedViews(train, list(views.values()), augmentation, training.seed)
+        self.num_samples = len(self.data)
+        self.validation_views = {
+            name: torch.from_numpy(view(validation.images)) for name, view in views.items()
+        }
+        self.validation_labels = torch.from_numpy(validation.labels)
+
+    def batches(self, epoch: int, context: WorkerContext) -> Iterator[ViewBatch]:
+        return self.data.batches(
+            epoch, self.training.batch_size, context.rank, context.world_size, context.device
+        )
+
+    def validate(self, context: WorkerContext) -> dict[str, float]:
+        accuracies = {
+            name: evaluate(
+                self._predict, images, self.validation_labels, context, self.training.evaluation_batch_size
+            )["accuracy"]
+            for name, images in self.validation_views.items()
+        }
+        return {"accuracy": sum(accuracies.values()) / len(accuracies)} | {
+            f"{name}_accuracy": value for name, value in accuracies.items()
+        }
+
+    def _predict(self, images_BHWC: Tensor) -> Tensor:
+        output: ModelOutput = self.module.model(self.module.normalize(images_BHWC))
+        return output.logits
+
+    @property
+    def kept(self) -> ImageClassifier:
+        return self.module.model
