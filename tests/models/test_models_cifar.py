@@ -40,7 +40,7 @@ QUOTED_MILLIONS = {
 # Some tensors of the field's published checkpoints for 100 classes, and how many there are in all.
 PUBLISHED_TENSORS: dict[str, tuple[int, dict[str, list[int]]]] = {
     "resnet8x4": (
-        59,
+        62,
         {
             "conv1.weight": [32, 3, 3, 3],
             "layer1.0.downsample.0.weight": [64, 32, 1, 1],
@@ -49,7 +49,7 @@ PUBLISHED_TENSORS: dict[str, tuple[int, dict[str, list[int]]]] = {
         },
     ),
     "wrn_40_2": (
-        221,
+        227,
         {
             "block1.layer.0.convShortcut.weight": [32, 16, 1, 1],
             "block3.layer.5.conv2.weight": [128, 128, 3, 3],
@@ -85,7 +85,7 @@ PUBLISHED_TENSORS: dict[str, tuple[int, dict[str, list[int]]]] = {
         },
     ),
     "MobileNetV2": (
-        314,
+        320,
         {
             "conv1.0.weight": [16, 3, 3, 3],
             "blocks.0.0.conv.0.weight": [16, 16, 1, 1],
@@ -124,66 +124,53 @@ def randomise_batch_norms(model: ImageClassifier) -> None:
             torch.nn.init.normal_(module.bias, 0, 0.5)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_shapes(name: str) -> None:
-    model = build(name, num_classes=7)
-    output = model(torch.randn(2, 3, 32, 32))
-    assert output.logits.shape == (2, 7)
-    assert output.feature.shape == (2, model.feature_width)
-    assert len(output.feature_maps) in (3, 4)
-    sizes = [feature_map.shape[2] for feature_map in output.feature_maps]
-    assert sizes == sorted(sizes, reverse=True)
-    assert all(m.ndim == 4 and m.shape[0] == 2 and m.shape[2] == m.shape[3] for m in output.feature_maps)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_evaluation_is_deterministic_and_head_of_feature_is_logits(name: str) -> None:
-    model = build(name).eval()
+@pytest.fixture(params=NAMES, scope="module")
+def model(request: pytest.FixtureRequest) -> ImageClassifier:
+    """Each network once, in evaluation mode, as if it had been trained."""
+    model = build(request.param)
     randomise_batch_norms(model)
-    images = torch.randn(3, 3, 32, 32)
+    return model.eval()
+
+
+def test_head_of_feature_is_logits(model: ImageClassifier) -> None:
     with torch.no_grad():
-        output, again = model(images), model(images)
-        torch.testing.assert_close(model.head(output.feature), output.logits, rtol=0, atol=0)
-    torch.testing.assert_close(output.logits, again.logits, rtol=0, atol=0)
+        output = model(torch.randn(3, 3, 16, 16))
+        assert torch.equal(model.head(output.feature), output.logits)
     assert output.logits.std(dim=0).min() > 0, "the logits do not depend on the image"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_same_seed_builds_the_same_model(name: str) -> None:
-    for first, second in zip(build(name).parameters(), build(name).parameters(), strict=True):
-        assert torch.equal(first, second)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_gradient_reaches_every_parameter(name: str) -> None:
-    # In evaluation mode, as in training batch norm cancels the gradient of a bias before it.
-    model = build(name).eval()
-    model(torch.randn(4, 3, 32, 32)).logits.square().sum().backward()
-    for parameter_name, parameter in model.named_parameters():
-        assert parameter.grad is not None, parameter_name
-        assert parameter.grad.isfinite().all(), parameter_name
-        assert parameter.grad.any(), parameter_name
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_pickles_after_a_forward_pass(name: str) -> None:
-    model = build(name)
-    images = torch.randn(2, 3, 32, 32)
-    model(images)
-    model.eval()
+def test_evaluation_is_deterministic_also_after_pickling(model: ImageClassifier) -> None:
+    images = torch.randn(2, 3, 16, 16)
+    logits = model(images).logits
+    assert torch.equal(model(images).logits, logits)
     for pickler in (pickle, cloudpickle):
-        copy = pickle.loads(pickler.dumps(model))
-        assert torch.equal(copy(images).logits, model(images).logits)
+        assert torch.equal(pickle.loads(pickler.dumps(model))(images).logits, logits)
 
 
-@pytest.mark.parametrize("image_size", [8, 24, 64])
+def test_gradient_reaches_every_parameter(model: ImageClassifier) -> None:
+    # In evaluation mode, as in training batch norm cancels the gradient of a bias before it.
+    parameters = dict(model.named_parameters())
+    loss = model(torch.randn(2, 3, 16, 16)).logits.square().sum()
+    for name, gradient in zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True):
+        assert gradient.isfinite().all(), name
+        assert gradient.any(), name
+
+
+@pytest.mark.parametrize("image_size", [8, 24, 32, 64])
 @pytest.mark.parametrize("name", NAMES)
-def test_other_image_sizes(name: str, image_size: int) -> None:
-    model = build(name, image_size=image_size).eval()
-    with torch.no_grad():
-        output = model(torch.randn(1, 3, image_size, image_size))
-    assert output.feature.shape == (1, model.feature_width)
-    assert output.logits.isfinite().all()
+def test_shapes(name: str, image_size: int) -> None:
+    with torch.device("meta"):
+        model = build(name, num_classes=7, image_size=image_size)
+        output = model(torch.empty(2, 3, image_size, image_size))
+    assert output.logits.shape == (2, 7)
+    assert output.feature.shape == (2, model.feature_width)
+    assert all(m.ndim == 4 and m.shape[0] == 2 and m.shape[2] == m.shape[3] for m in output.feature_maps)
+    sizes = [feature_map.shape[2] for feature_map in output.feature_maps]
+    assert sizes == sorted(sizes, reverse=True)
+    if image_size == 32:
+        full = 32 if name.lower().startswith(("resnet", "wrn")) else 16
+        expected = [full, full // 2, full // 4, full // 4 if name.startswith("vgg") else full // 8]
+        assert sizes == expected[: 4 if name.startswith(("vgg", "Mobile", "ResNet")) else 3]
 
 
 def test_vgg_refuses_images_that_it_would_pool_away() -> None:
@@ -193,21 +180,24 @@ def test_vgg_refuses_images_that_it_would_pool_away() -> None:
 
 @pytest.mark.parametrize("name", QUOTED_MILLIONS)
 def test_number_of_parameters_is_the_one_the_field_quotes(name: str) -> None:
-    assert count_parameters(build(name, 100)) / 1e6 == pytest.approx(QUOTED_MILLIONS[name], abs=0.007)
+    with torch.device("meta"):
+        model = build(name, 100)
+    assert count_parameters(model) / 1e6 == pytest.approx(QUOTED_MILLIONS[name], abs=0.007)
 
 
 @pytest.mark.parametrize("name", PUBLISHED_TENSORS)
 def test_tensors_have_the_published_names_and_shapes(name: str) -> None:
     number, tensors = PUBLISHED_TENSORS[name]
-    state = build(name, 100).state_dict()
+    with torch.device("meta"):
+        state = build(name, 100).state_dict()
     assert {key: list(state[key].shape) for key in tensors} == tensors
     assert len(state) == number
 
 
-@pytest.mark.parametrize("name", ["resnet20", "MobileNetV2", "ShuffleV2", "vgg8"])
+@pytest.mark.parametrize("name", ["resnet8", "vgg8"])
 def test_compiles_without_a_graph_break(name: str) -> None:
     model = build(name).eval()
-    images = torch.randn(2, 3, 32, 32)
+    images = torch.randn(2, 3, 16, 16)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(images).logits, model(images).logits)
