@@ -36,7 +36,7 @@ def test_a_failed_save_leaves_the_old_file_alone(make_results, tmp_path, monkeyp
         raise OSError("disk full")
 
     monkeypatch.setattr(os, step, fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="disk full"):
         make_results(name="new").save(path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["results.json"]

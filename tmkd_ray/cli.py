@@ -128,10 +128,11 @@ def _fit_clip(config: ExperimentConfig, options: argparse.Namespace) -> None:
 def _knowledge(config: ExperimentConfig, options: argparse.Namespace) -> None:
     from tmkd_ray.stages.experiment import open_experiment
     from tmkd_ray.stages.fitting import fit_clip, fit_teacher
-    from tmkd_ray.stages.knowledge import compute_knowledge
+    from tmkd_ray.stages.knowledge import check_store, compute_knowledge
     from tmkd_ray.stages.session import ray_session
 
     experiment = open_experiment(config)
+    check_store(experiment)
     with ray_session(config.cluster):
         result = compute_knowledge(experiment, fit_teacher(experiment), fit_clip(experiment))
     manifest = result.manifest

@@ -127,10 +127,6 @@ class PoolConfig(Settings):
     min_size: int = Field(default=1, ge=1)
     max_size: int = Field(default=1, ge=1)
     num_cpus: float = Field(default=0.5, ge=0)
-    num_gpus: float | None = Field(
-        default=None, ge=0, description="share of a GPU per actor; null: 1 if the cluster has GPUs, else 0"
-    )
-    batch_size: int = Field(default=256, ge=1, description="images × variants × views per forward pass")
 
     @model_validator(mode="after")
     def _ordered(self) -> "PoolConfig":
@@ -139,9 +135,14 @@ class PoolConfig(Settings):
         return self
 
 
-class ViewPoolConfig(PoolConfig):
-    num_gpus: float | None = Field(default=0, ge=0, le=0, description="views run on CPUs")
-    max_size: int = Field(default=2, ge=1)
+class TeacherPoolConfig(PoolConfig):
+    """An actor pool that runs a frozen teacher."""
+
+    num_gpus: float | None = Field(
+        default=None, ge=0, description="share of a GPU per actor; null: what the cluster's GPUs allow, up to 1"
+    )
+    batch_size: int = Field(default=256, ge=1, description="views per forward pass")
+    precision: Precision = "float32"
 
 
 class KnowledgeConfig(Settings):
@@ -151,9 +152,9 @@ class KnowledgeConfig(Settings):
     num_variants: int = Field(default=4, ge=1, description="stored augmentations of each training image")
     dtype: Literal["float16", "float32"] = "float16"
     shard_rows: int = Field(default=1024, ge=1, description="images per shard")
-    views: ViewPoolConfig = Field(default_factory=ViewPoolConfig)
-    visual: PoolConfig = Field(default_factory=PoolConfig)
-    text: PoolConfig = Field(default_factory=PoolConfig)
+    views: PoolConfig = Field(default_factory=lambda: PoolConfig(max_size=2))
+    visual: TeacherPoolConfig = Field(default_factory=TeacherPoolConfig)
+    text: TeacherPoolConfig = Field(default_factory=TeacherPoolConfig)
     seed: int = Field(default=0, ge=0, description="of the augmentation's draws")
 
 

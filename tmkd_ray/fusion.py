@@ -126,25 +126,27 @@ class TeachingSignal(nn.Module):
     @torch.no_grad()
     def forward(self, knowledge: Knowledge, labels_B: Tensor) -> TeacherOutput:
         """Return the teaching signal of a batch; computed in float32."""
-        feature_BVD = knowledge.feature[:, self.positions].float()
-        similarity_BVC = clip_embedding_BVE = None
-        if self.text_bank is not None:
-            assert knowledge.clip_embedding is not None, "a text bank without CLIP image embeddings"
-            clip_embedding_BVE = knowledge.clip_embedding[:, self.positions].float()
-            similarity_BVC = view_similarities(clip_embedding_BVE, self.text_bank)
-        if similarity_BVC is None:
-            score_BV = feature_BVD.new_zeros(feature_BVD.shape[:2])
-        else:
-            score_BV = view_scores(similarity_BVC, labels_B, self.weighting, self.clip_temperature)
-        weights_BV = semantic_weights(score_BV, self.fusion_temperature)
-        fused_BD = fuse(feature_BVD, weights_BV)
-        output = TeacherOutput(
-            logits=F.linear(fused_BD, self.head_weight, self.head_bias),
-            feature=fused_BD,
-            view_weights=weights_BV,
-            text_bank=self.text_bank,
-        )
-        if similarity_BVC is not None and clip_embedding_BVE is not None:
-            output.clip_embedding = F.normalize(fuse(clip_embedding_BVE, weights_BV), dim=1)
-            output.text_logits = fuse(similarity_BVC, weights_BV) / self.clip_temperature
-        return output
+        # Autocast would round these products to half precision, and a small temperature would enlarge the error.
+        with torch.autocast(knowledge.feature.device.type, enabled=False):
+            feature_BVD = knowledge.feature[:, self.positions].float()
+            similarity_BVC = clip_embedding_BVE = None
+            if self.text_bank is not None:
+                assert knowledge.clip_embedding is not None, "a text bank without CLIP image embeddings"
+                clip_embedding_BVE = knowledge.clip_embedding[:, self.positions].float()
+                similarity_BVC = view_similarities(clip_embedding_BVE, self.text_bank)
+            if similarity_BVC is None:
+                score_BV = feature_BVD.new_zeros(feature_BVD.shape[:2])
+            else:
+                score_BV = view_scores(similarity_BVC, labels_B, self.weighting, self.clip_temperature)
+            weights_BV = semantic_weights(score_BV, self.fusion_temperature)
+            fused_BD = fuse(feature_BVD, weights_BV)
+            output = TeacherOutput(
+                logits=F.linear(fused_BD, self.head_weight, self.head_bias),
+                feature=fused_BD,
+                view_weights=weights_BV,
+                text_bank=self.text_bank,
+            )
+            if similarity_BVC is not None and clip_embedding_BVE is not None:
+                output.clip_embedding = F.normalize(fuse(clip_embedding_BVE, weights_BV), dim=1)
+                output.text_logits = fuse(similarity_BVC, weights_BV) / self.clip_temperature
+            return output

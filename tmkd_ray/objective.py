@@ -96,7 +96,10 @@ class DistillerConfig(Settings):
         if self.text_weight:
             needed.add("text_logits")
         if self.contrastive_weight:
-            needed |= {"text_bank"} if self.contrastive_mode == "class" else {"clip_embedding", "text_bank"}
+            if self.contrastive_mode != "instance":
+                needed.add("text_bank")
+            if self.contrastive_mode != "class":
+                needed.add("clip_embedding")
         return frozenset(needed)
 
     @property
@@ -188,20 +191,22 @@ class Distiller(nn.Module):
         config = self.config
         embedding_BE = F.normalize(projection(student.feature).float(), dim=1)
         losses = []
-        if config.contrastive_mode in ("class", "both"):
-            assert teacher.text_bank is not None
-            losses.append(
-                class_contrast(
-                    embedding_BE,
-                    teacher.text_bank,
-                    teacher.view_weights,
-                    labels_B,
-                    config.contrastive_temperature,
+        # Autocast would round the similarities to half precision, and the temperature would enlarge the error.
+        with torch.autocast(embedding_BE.device.type, enabled=False):
+            if config.contrastive_mode in ("class", "both"):
+                assert teacher.text_bank is not None
+                losses.append(
+                    class_contrast(
+                        embedding_BE,
+                        teacher.text_bank,
+                        teacher.view_weights,
+                        labels_B,
+                        config.contrastive_temperature,
+                    )
                 )
-            )
-        if config.contrastive_mode in ("instance", "both"):
-            assert teacher.clip_embedding is not None
-            losses.append(
-                instance_contrast(embedding_BE, teacher.clip_embedding, config.contrastive_temperature)
-            )
+            if config.contrastive_mode in ("instance", "both"):
+                assert teacher.clip_embedding is not None
+                losses.append(
+                    instance_contrast(embedding_BE, teacher.clip_embedding, config.contrastive_temperature)
+                )
         return torch.stack(losses).mean()

@@ -31,6 +31,7 @@ class Settings(BaseModel):
 
 
 Precision = Literal["float32", "bfloat16", "float16"]
+"""Of the arithmetic: anything but float32 means autocast."""
 
 
 class NestedError(ValueError):

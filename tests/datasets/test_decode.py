@@ -103,12 +103,13 @@ def test_transparency_is_laid_over_white(form: str) -> None:
 
 def test_grey_with_transparency() -> None:
     grey = np.array([[[10, 0], [10, 255], [100, 51]]], np.uint8)
-    rgb = to_rgb(save(Image.fromarray(grey, "LA"), "PNG"))
+    rgb = to_rgb(save(Image.fromarray(grey), "PNG"))
     assert rgb[0].tolist() == [[255] * 3, [10] * 3, [224] * 3]  # 100 × .2 + 255 × .8
 
 
 def test_palette() -> None:
-    image = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
+    image = Image.new("P", (3, 1))
+    image.putdata([0, 1, 2])
     image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
     for form in ("PNG", "GIF", "BMP", "TIFF"):
         assert to_rgb(save(image, form))[0].tolist() == [[255, 0, 0], [0, 255, 0], [0, 0, 255]], form
@@ -120,8 +121,10 @@ def test_palette() -> None:
 def test_sixteen_bits_are_scaled_not_clipped() -> None:
     wide = np.array([[0, 255, 256, 1000, 32768, 65535]], np.uint16)
     expected = [0, 0, 1, 3, 128, 255]
-    for form in ("PNG", "TIFF", "PPM"):
-        rgb = to_rgb(save(Image.fromarray(wide), form))
+    contents = {form: save(Image.fromarray(wide), form) for form in ("PNG", "TIFF")}
+    contents["PGM"] = b"P5 6 1 65535\n" + wide.astype(">u2").tobytes()
+    for form, content in contents.items():
+        rgb = to_rgb(content)
         check_form(rgb)
         assert rgb[0].tolist() == [[v] * 3 for v in expected], form
     colour = np.stack([wide, wide[:, ::-1], np.zeros_like(wide)], axis=2)

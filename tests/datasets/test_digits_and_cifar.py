@@ -9,7 +9,7 @@ from dataset_samples import build, cifar_sample
 from sklearn.datasets import load_digits
 from torchvision import datasets
 
-from tmkd_ray.datasets import build_dataset
+from tmkd_ray.datasets import DATASETS, build_dataset
 from tmkd_ray.datasets.decode import load_images
 from tmkd_ray.errors import UserError
 
@@ -59,6 +59,11 @@ def test_cifar_content(version: int, tmp_path: Path, monkeypatch: pytest.MonkeyP
     images = load_images(dataset, "test", index).images
     np.testing.assert_array_equal(images.transpose(0, 3, 1, 2), planes)
 
+    # what is there is not downloaded again
+    monkeypatch.setattr(source, "url", "http://127.0.0.1:9/nothing.tar.gz")
+    again = build_dataset(dataset.config.model_copy(update={"download": True}))
+    np.testing.assert_array_equal(again.index("test").ids, index.ids)
+
 
 def test_cifar_damaged_or_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = cifar_sample(10)(tmp_path, monkeypatch)
@@ -81,11 +86,6 @@ def test_cifar_failing_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_cifar_statistics_are_the_published_ones() -> None:
-    assert build_config("cifar100").mean == (0.5071, 0.4865, 0.4409)
-    assert build_config("cifar100").std == (0.2673, 0.2564, 0.2762)
-
-
-def build_config(name: str):
-    from tmkd_ray.datasets import DATASETS
-
-    return DATASETS.get(name).Config(path="somewhere")
+    config = DATASETS.get("cifar100").Config(path="somewhere")
+    assert config.mean == (0.5071, 0.4865, 0.4409)
+    assert config.std == (0.2673, 0.2564, 0.2762)

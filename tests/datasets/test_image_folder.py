@@ -56,6 +56,22 @@ def test_train_without_test(root: Path) -> None:
         build("image_folder", path=str(root))
 
 
+def test_a_class_called_train(tmp_path: Path) -> None:
+    write_images(tmp_path, [f"{name}/{i}.png" for name in ("bus", "train") for i in range(5)])
+    dataset = build("image_folder", path=str(tmp_path))
+    assert dataset.class_names == ("bus", "train")
+    assert np.bincount(dataset.index("train").labels).tolist() == [4, 4]
+
+
+def test_splits_without_classes(tmp_path: Path) -> None:
+    write_images(tmp_path, ["train/1.png", "test/1.png"])
+    with pytest.raises(UserError, match="no class folders in any of test"):
+        build("image_folder", path=str(tmp_path))
+    write_images(tmp_path, ["test/cat/1.png"])
+    with pytest.raises(UserError, match="classes in test that are not in train: cat"):
+        build("image_folder", path=str(tmp_path))
+
+
 def test_unknown_class_in_test(root: Path) -> None:
     write_images(root / "test", ["dog/1.png"])
     with pytest.raises(UserError, match="classes in test that are not in train: dog"):

@@ -94,6 +94,18 @@ def test_other_columns(tmp_path: Path) -> None:
     assert dataset.index("train").labels.tolist() == LABELS
     assert dataset.read("test", dataset.index("test")) == IMAGES
 
+    for split in ("train", "test"):
+        table = pq.read_table(tmp_path / f"{split}.parquet")
+        coarse = pa.array([label // 2 for label in LABELS])
+        pq.write_table(table.append_column("coarse_label", coarse), tmp_path / f"{split}.parquet")
+    (tmp_path / "coarse.txt").write_text("small\nlarge\n")
+    fine, coarse = (
+        build("parquet", path=str(tmp_path), image_column="img", label_column=column, class_names=names)
+        for column, names in (("fine_label", None), ("coarse_label", str(tmp_path / "coarse.txt")))
+    )
+    assert coarse.index("train").labels.tolist() == [label // 2 for label in LABELS]
+    assert coarse.fingerprint("train") != fine.fingerprint("train")
+
 
 def test_class_names_from_a_file_or_an_error(tmp_path: Path) -> None:
     write_both(tmp_path, names=None)

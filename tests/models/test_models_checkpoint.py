@@ -200,11 +200,11 @@ def test_metadata_of_the_file_is_honoured(tmp_path: Path) -> None:
 @pytest.mark.data
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs the real data in ../shared/data")
 def test_published_teacher_is_as_accurate_as_published() -> None:
-    # On the whole test set it gets 6641 of 10,000 right, the published 66.41 %; here the first 1000 only.
+    # On the whole test set it gets 6641 of 10,000 right, the published 66.41 %; here the first 500 only.
     model = build("resnet56", num_classes=100)
     load_checkpoint(model, str(DATA / "teachers" / "cifar100_resnet56.pth"))
     rows = pq.ParquetFile(DATA / "cifar100" / "test-00000-of-00002.parquet")
-    batch = next(rows.iter_batches(batch_size=1000))
+    batch = next(rows.iter_batches(batch_size=500))
     pixels = np.stack(
         [
             np.asarray(Image.open(io.BytesIO(image["bytes"])).convert("RGB"), dtype=np.float32) / 255
@@ -215,4 +215,4 @@ def test_published_teacher_is_as_accurate_as_published() -> None:
     images = torch.from_numpy((pixels - mean) / std).permute(0, 3, 1, 2)
     with torch.no_grad():
         predicted = torch.cat([model(chunk).logits.argmax(1) for chunk in images.split(250)])
-    assert int((predicted == torch.tensor(batch["label"].to_pylist())).sum()) == 659
+    assert int((predicted == torch.tensor(batch["label"].to_pylist())).sum()) == 329

@@ -2,7 +2,6 @@
 
 import pickle
 
-import cloudpickle
 import numpy as np
 import pytest
 import torch
@@ -129,28 +128,33 @@ def model(request: pytest.FixtureRequest) -> ImageClassifier:
     """Each network once, in evaluation mode, as if it had been trained."""
     model = build(request.param)
     randomise_batch_norms(model)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1
+    with torch.no_grad():
+        model(torch.randn(8, 3, 16, 16))  # statistics that fit, or the signal would die on its way through
     return model.eval()
 
 
 def test_head_of_feature_is_logits(model: ImageClassifier) -> None:
     with torch.no_grad():
         output = model(torch.randn(3, 3, 16, 16))
-        assert torch.equal(model.head(output.feature), output.logits)
-    assert output.logits.std(dim=0).min() > 0, "the logits do not depend on the image"
+        torch.testing.assert_close(model.head(output.feature), output.logits)
+    assert output.logits.std(dim=0).min() > 1e-3, "the logits do not depend on the image"
 
 
 def test_evaluation_is_deterministic_also_after_pickling(model: ImageClassifier) -> None:
     images = torch.randn(2, 3, 16, 16)
-    logits = model(images).logits
-    assert torch.equal(model(images).logits, logits)
-    for pickler in (pickle, cloudpickle):
-        assert torch.equal(pickle.loads(pickler.dumps(model))(images).logits, logits)
+    with torch.no_grad():
+        logits = model(images).logits
+        torch.testing.assert_close(model(images).logits, logits)
+        torch.testing.assert_close(pickle.loads(pickle.dumps(model))(images).logits, logits)
 
 
 def test_gradient_reaches_every_parameter(model: ImageClassifier) -> None:
     # In evaluation mode, as in training batch norm cancels the gradient of a bias before it.
     parameters = dict(model.named_parameters())
-    loss = model(torch.randn(2, 3, 16, 16)).logits.square().sum()
+    loss = model(torch.randn(2, 3, 8, 8)).logits.square().sum()
     for name, gradient in zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True):
         assert gradient.isfinite().all(), name
         assert gradient.any(), name

@@ -27,7 +27,8 @@ def test_every_name_is_known() -> None:
         ("resnet50", "'ResNet50' or 'torchvision/resnet50'"),
         ("shufflev1", "'ShuffleV1'"),
         ("torchvision/resnet19", "'resnet1"),
-        ("torchvison/resnet18", ""),
+        ("torchvison/resnet18", "'ResNet18' or 'torchvision/resnet18'"),
+        ("perceptron", "wrn_40_2, torchvision/NAME, transformers/NAME"),
     ],
 )
 def test_unknown_name(name: str, suggestion: str) -> None:

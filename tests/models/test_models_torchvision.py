@@ -60,7 +60,7 @@ def test_family(name: str) -> None:
     model.eval()
     with torch.no_grad():
         output = model(images)
-        assert torch.equal(model.inner(images), output.logits)
+        torch.testing.assert_close(model.inner(images), output.logits)
         if not name.startswith("squeezenet"):
             torch.testing.assert_close(model.head(output.feature), output.logits)
 
@@ -109,10 +109,10 @@ def test_pickles_after_a_forward_pass(name: str) -> None:
     output = model(images)
     for copy in (pickle.loads(pickle.dumps(model)), pickle.loads(cloudpickle.dumps(model)), deepcopy(model)):
         copied = copy(images)
-        assert torch.equal(output.logits, copied.logits)
-        assert torch.equal(output.feature, copied.feature)
+        torch.testing.assert_close(output.logits, copied.logits)
+        torch.testing.assert_close(output.feature, copied.feature)
         assert len(copied.feature_maps) == 4
-        assert all(map(torch.equal, output.feature_maps, copied.feature_maps))
+        torch.testing.assert_close(output.feature_maps, copied.feature_maps)
 
 
 def test_maps_of_a_resnet_are_its_stages() -> None:
@@ -124,7 +124,7 @@ def test_maps_of_a_resnet_are_its_stages() -> None:
         expected = [x := layer(x) for layer in (resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4)]
         maps = model(images).feature_maps
     assert len(maps) == 4
-    assert all(map(torch.equal, maps, expected))
+    torch.testing.assert_close(maps, tuple(expected))
 
 
 def test_swin_maps_have_channels_first() -> None:
@@ -198,4 +198,4 @@ def test_loads_torchvisions_own_state_dict(name: str, tmp_path: Path) -> None:
         plain.transform_input = True  # as torchvision does when it loads its own weights
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        assert torch.equal(model(images).logits, plain(images))
+        torch.testing.assert_close(model(images).logits, plain(images))

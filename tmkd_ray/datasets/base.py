@@ -189,9 +189,7 @@ def _checked_class_names(names: Sequence[str], config: DatasetConfig) -> tuple[s
     where = f"dataset {config.name}: " if config.class_names is None else f"{config.class_names}: "
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise UserError(
-            f"{where}class names given more than once: {', '.join(twice)}. Labels would be ambiguous"
-        )
+        raise UserError(f"{where}class names given more than once: {', '.join(twice)}. Give each label its own")
     if not all(name.strip() for name in names):
         raise UserError(f"{where}a class name is empty")
     if len(names) < 2:

@@ -52,7 +52,10 @@ class ImageFolder(ImageDataset):
         if not self._root.is_dir():
             raise UserError(f"dataset.path: no folder {config.path}")
         self._split_folders: dict[Split, str] = {}
-        if (self._root / "train").is_dir():
+        # A lone `train` folder of mere files is a class: CIFAR-100 has one of that name.
+        if _subfolders(self._root / "train") or (
+            (self._root / "train").is_dir() and any((self._root / name).is_dir() for name in TEST_FOLDERS)
+        ):
             test = next((name for name in TEST_FOLDERS if _subfolders(self._root / name)), None)
             if test is None:
                 raise UserError(

@@ -22,6 +22,8 @@ from tmkd_ray.datasets.decode import decode_batch
 from tmkd_ray.errors import UserError
 from tmkd_ray.knowledge.layout import KnowledgeLayout, encode_array
 from tmkd_ray.knowledge.store import KnowledgeStore
+from tmkd_ray.precision import autocast
+from tmkd_ray.settings import Precision
 from tmkd_ray.teachers import ClipTeacher, VisualTeacher
 from tmkd_ray.views.base import View
 
@@ -142,12 +144,18 @@ class _TeacherStage:
     column: str
 
     def __init__(
-        self, model: torch.nn.Module, layouts: dict[str, KnowledgeLayout], device: str, batch_size: int
+        self,
+        model: torch.nn.Module,
+        layouts: dict[str, KnowledgeLayout],
+        device: str,
+        batch_size: int,
+        precision: Precision = "float32",
     ) -> None:
         self.model = model.to(device)
         self.layouts = layouts
         self.device = device
         self.batch_size = batch_size
+        self.precision = precision
 
     def encode(self, images_BHWC: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
@@ -160,8 +168,20 @@ class _TeacherStage:
         for start in range(0, len(pixels), self.batch_size):
             # Copied: Arrow's buffers are read-only, which torch cannot express.
             batch = torch.from_numpy(pixels[start : start + self.batch_size].copy()).to(self.device)
-            outputs.append(self.encode(batch).cpu().numpy().astype(layout.dtype))
+            with autocast(self.device, self.precision):
+                output = self.encode(batch)
+            outputs.append(self._stored(output.cpu().numpy(), layout.dtype))
         return table.append_column(self.column, _pack(np.concatenate(outputs)))
+
+    def _stored(self, values: np.ndarray, dtype: str) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            stored = values.astype(dtype)
+        if not np.isfinite(stored).all():
+            raise UserError(
+                f"{self.column}: values up to {np.abs(values).max():.3g} are too large for {dtype}; "
+                "set knowledge.dtype=float32"
+            )
+        return stored
 
 
 class VisualStage(_TeacherStage):

@@ -1,5 +1,6 @@
 """What a knowledge store depends on, so that it is reused exactly when it fits."""
 
+import json
 from typing import Any
 
 from tmkd_ray.errors import KnowledgeMismatchError
@@ -22,7 +23,8 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def differences(stored: Fingerprint, wanted: Fingerprint) -> list[str]:
     """Return one line per name whose value differs: `views.edge.strength: store 0.1, config 0.3`."""
-    old, new = flatten(stored), flatten(wanted)
+    # Through JSON, as the stored one went: tuples are lists.
+    old, new = flatten(json.loads(json.dumps(stored))), flatten(json.loads(json.dumps(wanted)))
     lines = []
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):

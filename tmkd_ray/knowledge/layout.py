@@ -91,9 +91,9 @@ def encode_array(values: np.ndarray) -> pa.Array:
 def decode_array(
     column: pa.Array | pa.ChunkedArray, dtype: np.dtype[Any], shape: tuple[int, ...]
 ) -> np.ndarray:
-    """Turn N fixed-size binary values into [N, *shape]; a read-only view where the column is one chunk."""
+    """Turn N fixed-size binary values into [N, *shape]; a view where the column is one chunk."""
     if isinstance(column, pa.ChunkedArray):
-        column = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+        column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     width = dtype.itemsize * int(np.prod(shape))
     assert column.type.byte_width == width, (column.type, dtype, shape)
     flat = np.frombuffer(column.buffers()[1], dtype=dtype, offset=column.offset * width, count=-1)

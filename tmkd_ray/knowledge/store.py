@@ -104,12 +104,19 @@ class KnowledgeStore:
         Raises:
             KnowledgeMismatchError: it holds another configuration's knowledge.
         """
-        name = self._at("fingerprint.json")
-        wanted = json.loads(json.dumps(fingerprint))
-        if storage.exists(name):
-            check_match(json.loads(storage.read_bytes(name)), wanted, self.path)
+        stored = self.fingerprint()
+        if stored is None:
+            storage.write_bytes(self._at("fingerprint.json"), _json(fingerprint))
         else:
-            storage.write_bytes(name, _json(wanted))
+            check_match(stored, fingerprint, self.path)
+
+    def fingerprint(self) -> Fingerprint | None:
+        """Return what the content depends on; None where there is no store yet."""
+        name = self._at("fingerprint.json")
+        if not storage.exists(name):
+            return None
+        stored: Fingerprint = json.loads(storage.read_bytes(name))
+        return stored
 
     def committed(self) -> dict[tuple[str, int], ShardRecord]:
         """Return the records of the shards that are done, by split and number."""
@@ -154,7 +161,8 @@ class KnowledgeStore:
     def finish(self, class_names: tuple[str, ...], layouts: dict[str, KnowledgeLayout]) -> Manifest:
         """Write the manifest over all committed shards."""
         records = [record for _, record in sorted(self.committed().items())]
-        fingerprint = json.loads(storage.read_bytes(self._at("fingerprint.json")))
+        fingerprint = self.fingerprint()
+        assert fingerprint is not None, "a store is begun before it is finished"
         manifest = Manifest(class_names, layouts, records, fingerprint)
         content = {"schema_version": SCHEMA_VERSION, **asdict(manifest)}
         storage.write_bytes(self._at("manifest.json"), _json(content))

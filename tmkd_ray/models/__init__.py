@@ -43,10 +43,14 @@ def check_model_name(name: str) -> None:
     if slash and source in SOURCES:
         SOURCES.get(source).check(rest)
     elif name not in MODELS:
-        namesakes = [known for known in model_names() if known.rpartition("/")[2].lower() == name.lower()]
+        short_name = name.rpartition("/")[2].lower()
+        namesakes = [known for known in model_names() if known.rpartition("/")[2].lower() == short_name]
         if namesakes:
             raise UnknownNameError(f"unknown model {name!r}. Did you mean {' or '.join(map(repr, namesakes))}?")
-        MODELS.get(name)
+        try:
+            MODELS.get(name)
+        except UnknownNameError as error:
+            raise UnknownNameError(", ".join([str(error), *(f"{other}/NAME" for other in SOURCES)])) from None
 
 
 def model_names() -> list[str]:

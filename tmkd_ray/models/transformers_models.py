@@ -25,7 +25,7 @@ class TransformersClassifier(WrappedClassifier):
         self.has_feature_maps = True
 
     def __getstate__(self) -> dict[str, Any]:
-        # To collect hidden states, transformers hooks closures onto a model as it runs, and pickle takes no closures.
+        # To collect hidden states, transformers hooks closures onto a running model; pickle takes no closures.
         # It hooks them on again when they are missing.
         for module in self.wrapped.modules():
             module.__dict__.pop("_output_capturing_hooks_installed", None)

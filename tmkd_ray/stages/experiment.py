@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from tmkd_ray import __version__, storage
 from tmkd_ray.config import ExperimentConfig, TrainingConfig
 from tmkd_ray.config_reading import dump_config
-from tmkd_ray.datasets import build_dataset
+from tmkd_ray.datasets import build_dataset, decode
 from tmkd_ray.datasets.base import ImageDataset, SampleIndex
 from tmkd_ray.datasets.splits import split_train
 from tmkd_ray.errors import UserError
@@ -44,6 +45,17 @@ class Experiment:
     def views(self) -> dict[str, View]:
         return {name: build_view(name, config) for name, config in self.config.views.items()}
 
+    def view_identity(self, names: Iterable[str] | None = None) -> dict[str, Any]:
+        """Return what decides the pixels of the views (`names`, or all): options and version, no prompts."""
+        views = self.views()
+        return {
+            name: {
+                "version": views[name].version,
+                **self.config.views[name].model_dump(mode="json", exclude={"prompts"}),
+            }
+            for name in (views if names is None else names)
+        }
+
     def prompts(self) -> dict[str, tuple[str, ...]]:
         return {name: config.prompts for name, config in self.config.views.items()}
 
@@ -59,6 +71,7 @@ class Experiment:
             chosen.update("\n".join(index.ids).encode() + index.labels.tobytes())
         return {
             "name": self.config.dataset.name,
+            "decoding": decode.VERSION,
             "content": self.dataset.fingerprint("train"),
             "samples": chosen.hexdigest(),
             "num_train": len(self.train),

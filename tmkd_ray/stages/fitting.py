@@ -2,7 +2,6 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -93,13 +92,6 @@ def _teacher_views(experiment: Experiment) -> dict[str, View]:
     return {first: views[first]}
 
 
-def _view_identity(views: dict[str, View]) -> dict[str, Any]:
-    return {
-        name: {"version": view.version, **view.config.model_dump(mode="json", exclude={"prompts"})}
-        for name, view in views.items()
-    }
-
-
 def teacher_job(experiment: Experiment) -> TrainingJob:
     """Describe the fitting of the visual teacher."""
     visual = experiment.config.teacher.visual
@@ -109,7 +101,7 @@ def teacher_job(experiment: Experiment) -> TrainingJob:
         experiment.teacher_statistics(),
         training_identity(visual.fit),
         experiment.config.augmentation.model_dump(mode="json"),
-        _view_identity(_teacher_views(experiment)),
+        experiment.view_identity(_teacher_views(experiment)),
         experiment.data_identity(),
     )
     return TrainingJob(
@@ -132,7 +124,7 @@ def clip_job(experiment: Experiment) -> TrainingJob:
         text.architecture.model_dump(mode="json"),
         training_identity(text.fit),
         experiment.config.augmentation.model_dump(mode="json"),
-        _view_identity(experiment.views()),
+        experiment.view_identity(),
         experiment.prompts(),
         list(experiment.task.class_names),
         experiment.data_identity(),

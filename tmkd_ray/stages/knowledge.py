@@ -11,12 +11,12 @@ import ray.data
 import torch
 
 from tmkd_ray import augmentation
-from tmkd_ray.config import ExperimentConfig, PoolConfig
+from tmkd_ray.config import ExperimentConfig, PoolConfig, TeacherPoolConfig
 from tmkd_ray.errors import UserError
 from tmkd_ray.fusion import TeacherConstants
 from tmkd_ray.knowledge import KnowledgeLayout, KnowledgeStore, Manifest, compute
 from tmkd_ray.knowledge.compute import ClipStage, ShardPlan, ShardWriter, ViewStage, VisualStage, plan_shards
-from tmkd_ray.knowledge.fingerprint import Fingerprint
+from tmkd_ray.knowledge.fingerprint import Fingerprint, check_match
 from tmkd_ray.knowledge.store import text_bank_key
 from tmkd_ray.stages.experiment import Experiment
 from tmkd_ray.stages.fitting import Fitted, load_teacher
@@ -49,6 +49,18 @@ class KnowledgeResult:
         return self.store.constants(self.text_bank)
 
 
+def check_store(experiment: Experiment) -> None:
+    """Refuse a store of another configuration, as far as can be told before there are teachers.
+
+    Raises:
+        KnowledgeMismatchError: names every difference.
+    """
+    stored = KnowledgeStore(experiment.store_path).fingerprint()
+    if stored is not None:
+        wanted = _without_teachers(experiment)
+        check_match({name: stored.get(name) for name in wanted}, wanted, experiment.store_path)
+
+
 def compute_knowledge(experiment: Experiment, teacher: Fitted, clip_fitted: Fitted | None) -> KnowledgeResult:
     """Compute what is missing of the store; nothing at all if it is whole and of this configuration.
 
@@ -58,12 +70,13 @@ def compute_knowledge(experiment: Experiment, teacher: Fitted, clip_fitted: Fitt
     """
     started = time.monotonic()
     config = experiment.config
+    check_store(experiment)
     visual = load_teacher(experiment, teacher)
     clip = None if clip_fitted is None else ClipTeacher.load(clip_fitted.path)
     layouts = _layouts(config, visual, clip)
     shard_rows = _shard_rows(config)
     store = KnowledgeStore(experiment.store_path)
-    store.begin(fingerprint(experiment, visual, clip, shard_rows))
+    store.begin(fingerprint(experiment, visual, clip))
 
     plans = [
         *plan_shards("train", experiment.train, shard_rows),
@@ -98,10 +111,21 @@ def compute_knowledge(experiment: Experiment, teacher: Fitted, clip_fitted: Fitt
     )
 
 
-def fingerprint(
-    experiment: Experiment, visual: VisualTeacher, clip: ClipTeacher | None, shard_rows: int
-) -> Fingerprint:
+def fingerprint(experiment: Experiment, visual: VisualTeacher, clip: ClipTeacher | None) -> Fingerprint:
     """Return what the store's content depends on."""
+    pools = experiment.config.knowledge
+    return _without_teachers(experiment) | {
+        "visual_teacher": {
+            "model": experiment.config.teacher.visual.model,
+            "weights": visual.fingerprint(),
+            "statistics": experiment.teacher_statistics(),
+            **_arithmetic(pools.visual),
+        },
+        "text_teacher": None if clip is None else {"weights": clip.fingerprint(), **_arithmetic(pools.text)},
+    }
+
+
+def _without_teachers(experiment: Experiment) -> Fingerprint:
     config = experiment.config
     return {
         "version": compute.VERSION,
@@ -112,23 +136,16 @@ def fingerprint(
             "num_variants": config.knowledge.num_variants,
             **config.augmentation.model_dump(mode="json"),
         },
-        "views": {
-            name: {"version": view.version, **view.config.model_dump(mode="json", exclude={"prompts"})}
-            for name, view in experiment.views().items()
-        },
+        "views": experiment.view_identity(),
         "view_order": list(config.views),
-        "visual_teacher": {
-            "model": config.teacher.visual.model,
-            "weights": visual.fingerprint(),
-            "statistics": experiment.teacher_statistics(),
-            "batch_size": config.knowledge.visual.batch_size,
-        },
-        "text_teacher": None
-        if clip is None
-        else {"weights": clip.fingerprint(), "batch_size": config.knowledge.text.batch_size},
         "dtype": config.knowledge.dtype,
-        "shard_rows": shard_rows,
+        "shard_rows": _shard_rows(config),
     }
+
+
+def _arithmetic(pool: TeacherPoolConfig) -> dict[str, Any]:
+    """Return the settings that decide the last bits of a teacher's output."""
+    return {"batch_size": pool.batch_size, "precision": pool.precision}
 
 
 def _layouts(
@@ -175,19 +192,15 @@ def _report_set_aside(manifest: Manifest) -> None:
 class _VisualActor(VisualStage):
     """A member of the visual teacher's pool; `model` lies in the cluster's object store."""
 
-    def __init__(
-        self, model: list[Any], layouts: dict[str, KnowledgeLayout], device: str, batch_size: int
-    ) -> None:
-        super().__init__(ray.get(model[0]), layouts, device, batch_size)
+    def __init__(self, model: list[Any], *arguments: Any) -> None:
+        super().__init__(ray.get(model[0]), *arguments)
 
 
 class _ClipActor(ClipStage):
     """A member of CLIP's pool; `model` lies in the cluster's object store."""
 
-    def __init__(
-        self, model: list[Any], layouts: dict[str, KnowledgeLayout], device: str, batch_size: int
-    ) -> None:
-        super().__init__(ray.get(model[0]), layouts, device, batch_size)
+    def __init__(self, model: list[Any], *arguments: Any) -> None:
+        super().__init__(ray.get(model[0]), *arguments)
 
 
 def _compute_shards(
@@ -216,13 +229,16 @@ def _compute_shards(
         ),
         **_pool(config.knowledge.views, 0.0),
     )
-    teachers: list[tuple[type, torch.nn.Module, PoolConfig]] = [(_VisualActor, visual, config.knowledge.visual)]
+    teachers: list[tuple[type, torch.nn.Module, TeacherPoolConfig]] = [
+        (_VisualActor, visual, config.knowledge.visual)
+    ]
     if clip is not None:
         teachers.append((_ClipActor, clip, config.knowledge.text))
     share = _gpu_share([pool for _, _, pool in teachers])
     for actor, model, pool in teachers:
         gpus = share if pool.num_gpus is None else pool.num_gpus
-        arguments = ([ray.put(model)], layouts, "cuda" if gpus > 0 else "cpu", pool.batch_size)
+        device = "cuda" if gpus > 0 else "cpu"
+        arguments = ([ray.put(model)], layouts, device, pool.batch_size, pool.precision)
         dataset = dataset.map_batches(actor, fn_constructor_args=arguments, **_pool(pool, gpus))
     writer = ShardWriter(store, layouts)
 
@@ -253,7 +269,7 @@ def _pool(pool: PoolConfig, gpus: float) -> dict[str, Any]:
     }
 
 
-def _gpu_share(pools: list[PoolConfig]) -> float:
+def _gpu_share(pools: list[TeacherPoolConfig]) -> float:
     """Return the share of a GPU for each actor that does not say: all pools must fit the cluster at once."""
     available = num_gpus() - sum(pool.min_size * (pool.num_gpus or 0.0) for pool in pools)
     asking = sum(pool.min_size for pool in pools if pool.num_gpus is None)

@@ -4,22 +4,9 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-_QUIET = {
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_DATA_LOG_LEVEL": "ERROR",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # With the default of 2 s every back-to-back report waits that long.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",
-    "TOKENIZERS_PARALLELISM": "false",
-}
-for _name, _value in _QUIET.items():
-    os.environ.setdefault(_name, _value)
+import ray
 
-import ray  # noqa: E402  (reads its environment when imported)
-
-from tmkd_ray.config import ClusterConfig  # noqa: E402
+from tmkd_ray.config import ClusterConfig
 
 
 @contextlib.contextmanager

@@ -23,7 +23,8 @@ class VisualTeacher(nn.Module):
 
     def __init__(self, model: ImageClassifier, mean: ImageStatistics, std: ImageStatistics) -> None:
         super().__init__()
-        self.model = model.eval().requires_grad_(False)
+        # The pixels come as [B, H, W, 3], so no layer has to turn them around.
+        self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.normalize = Normalize(mean, std)
         self.head_weight = model.head.weight.detach()
         bias = model.head.bias

@@ -19,13 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tmkd_ray import storage
 from tmkd_ray.config import TrainingConfig
 from tmkd_ray.errors import UserError
+from tmkd_ray.precision import autocast
 from tmkd_ray.results import EpochRecord
 from tmkd_ray.training.checkpoint import TrainingState, read_checkpoint, written_checkpoint
 from tmkd_ray.training.context import WorkerContext
 from tmkd_ray.training.optimization import build_optimizer, learning_rate
 from tmkd_ray.types import LossOutput
-
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -184,11 +183,7 @@ def _train_epoch(
         rate = learning_rate(config, epoch + step / steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        with torch.autocast(
-            context.device.type,
-            dtype=_DTYPES.get(config.precision, torch.bfloat16),
-            enabled=config.precision != "float32",
-        ):
+        with autocast(context.device, config.precision):
             output: StepOutput = module(batch)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(output.loss.loss).backward()  # type: ignore[no-untyped-call]

@@ -1,0 +1,8 @@
+"""Entry point for `ray job submit -- python pipelines/evaluate.py --config FILE …`: the command `tmkd evaluate`."""
+
+import sys
+
+from tmkd_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

@@ -1,0 +1,257 @@
+"""The road end to end under a real Ray, on a few digits."""
+
+import json
+import os
+import signal
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from tmkd_ray.cli import main
+from tmkd_ray.config import TrainingConfig
+from tmkd_ray.knowledge import KnowledgeStore
+from tmkd_ray.knowledge.compute import ClipStage, ShardWriter, ViewStage, VisualStage
+from tmkd_ray.models import build_model
+from tmkd_ray.results import RunResults
+from tmkd_ray.training.loop import StepOutput, TrainTask
+from tmkd_ray.types import LossOutput, TaskSpec
+
+pytestmark = pytest.mark.ray
+
+TINY = [
+    "dataset=digits",
+    "dataset.limit=240",
+    "name=tiny",
+    "teacher.visual.model=resnet8",
+    "teacher.visual.fit.epochs=2",
+    "teacher.text.fit.epochs=2",
+    "teacher.text.architecture={patch_size: 8, vision_layers: 1, vision_width: 32, text_layers: 1, "
+    "text_width: 32, embedding_width: 16}",
+    "knowledge.num_variants=2",
+    "knowledge.shard_rows=64",
+    "knowledge.visual.batch_size=64",
+    "knowledge.text.batch_size=64",
+    "training.epochs=3",
+    "training.labels_per_class=5",
+    "methods={alone: alone, kd: kd, tmkd: tmkd}",
+    "seeds=[0, 1]",
+]
+
+
+@pytest.fixture(scope="module")
+def tiny_run(ray_cluster, tmp_path_factory):
+    """A finished tiny run; tests that change it work on their own output folder."""
+    output = tmp_path_factory.mktemp("runs")
+    assert main(["run", *TINY, f"output={output}"]) == 0
+    return output
+
+
+def test_a_run_leaves_results_report_and_config(tiny_run):
+    folder = tiny_run / "tiny"
+    results = RunResults.load(folder / "results.json")
+    assert [method.name for method in results.methods] == ["alone", "kd", "tmkd"]
+    assert all([run.seed for run in method.runs] == [0, 1] for method in results.methods)
+    assert all(run.test_accuracy is not None for method in results.methods for run in method.runs)
+    tmkd = results.methods[2].runs[0].history
+    assert [record.epoch for record in tmkd] == [1, 2, 3]
+    assert set(tmkd[0].terms) == {"ce", "kd", "feature", "text", "contrastive"}
+    assert set(results.methods[0].runs[0].history[0].terms) == {"ce"}
+    assert results.methods[0].runs[0].num_workers == 2
+    assert results.dataset.num_train + results.dataset.num_validation == 240
+    assert results.dataset.num_labelled_for_students == 50
+    assert results.teacher is not None
+    assert set(results.teacher.view_validation_accuracy) == {"original", "edge", "high_frequency"}
+    assert results.semantic_weights is not None
+    np.testing.assert_allclose(np.sum(results.semantic_weights, axis=1), 1.0, atol=1e-5)
+    assert "<html" in (folder / "report.html").read_text()
+    assert (folder / "config.yaml").exists()
+
+
+def test_a_second_run_computes_nothing_and_says_the_same(tiny_run, capsys):
+    before = RunResults.load(tiny_run / "tiny" / "results.json")
+    assert main(["run", *TINY, f"output={tiny_run}"]) == 0
+    said = capsys.readouterr().err
+    assert "is whole and matches, reused" in said
+    assert said.count("done before, kept") == 2 + 6  # teacher, CLIP, three methods × two seeds
+    after = RunResults.load(tiny_run / "tiny" / "results.json")
+    assert after.methods == before.methods
+    assert after.knowledge is not None
+    assert after.knowledge.reused
+
+
+def test_evaluate_measures_what_is_there(tiny_run, capsys):
+    assert main(["evaluate", *TINY, f"output={tiny_run}", "--split", "validation"]) == 0
+    table = capsys.readouterr().out
+    assert "visual teacher resnet8" in table
+    assert table.count("CLIP zero-shot") == 3
+    assert table.count("seed") == 6
+
+
+def test_a_store_of_another_configuration_is_refused_by_name(tiny_run, capsys):
+    assert main(["knowledge", *TINY, f"output={tiny_run}", "views.edge.strength=0.5"]) == 2
+    said = capsys.readouterr().err
+    assert "epoch" not in said, "a teacher was fitted before the store was looked at"
+    assert "another configuration" in said
+    assert "views.edge.strength: store 0.15, config 0.5" in said
+
+
+def test_the_store_is_that_of_a_plain_loop_byte_for_byte(tiny_run, tmp_path):
+    from tmkd_ray.config_reading import read_config
+    from tmkd_ray.knowledge.compute import plan_shards
+    from tmkd_ray.stages.experiment import open_experiment
+    from tmkd_ray.stages.fitting import found_clip, found_teacher, load_teacher
+    from tmkd_ray.teachers import ClipTeacher
+
+    experiment = open_experiment(read_config(None, [*TINY, f"output={tiny_run}"]))
+    config = experiment.config
+    written = KnowledgeStore(experiment.store_path)
+    layouts = written.manifest().layouts
+    plain = KnowledgeStore(str(tmp_path / "plain"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the actors have
+    try:
+        visual, clip = found_teacher(experiment), found_clip(experiment)
+        assert visual is not None
+        assert clip is not None
+        stages = [
+            ViewStage(
+                experiment.dataset, experiment.views(), layouts, config.augmentation, config.knowledge.seed
+            ),
+            VisualStage(load_teacher(experiment, visual), layouts, "cpu", 64),
+            ClipStage(ClipTeacher.load(clip.path), layouts, "cpu", 64),
+            ShardWriter(plain, layouts),
+        ]
+        plans = plan_shards("train", experiment.train, 64) + plan_shards(
+            "validation", experiment.validation, 64
+        )
+        for plan in reversed(plans):
+            table = plan.to_table()
+            for stage in stages:
+                table = stage(table)
+    finally:
+        torch.set_num_threads(threads)
+    expected = {(r.split, r.number): r.sha256 for r in written.manifest().shards}
+    assert {key: record.sha256 for key, record in plain.committed().items()} == expected
+
+
+def test_lost_shards_are_computed_again_and_only_they(tiny_run, tmp_path, capsys):
+    store = tmp_path / "store"
+    options = [*TINY, f"output={tiny_run}", f"knowledge.path={store}"]
+    assert main(["knowledge", *options]) == 0
+    before = {path.name: path.read_bytes() for path in (store / "train").iterdir()}
+    kept_time = (store / "train" / "00000.parquet").stat().st_mtime_ns
+    (store / "manifest.json").unlink()
+    (store / "train" / "00001.json").unlink()  # killed after the shard was written, before it was committed
+    capsys.readouterr()
+    assert main(["knowledge", *options]) == 0
+    assert "in 1 shards" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (store / "train").iterdir()} == before
+    assert (store / "train" / "00000.parquet").stat().st_mtime_ns == kept_time
+
+
+def test_unreadable_images_are_set_aside_and_listed(ray_cluster, tmp_path, capsys):
+    generator = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        for split in ("train", "test"):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(12):
+                pixels = generator.integers(0, 255, (20, 24, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    broken = tmp_path / "images" / "train" / "dog" / "99.png"
+    broken.write_bytes((tmp_path / "images" / "train" / "dog" / "0.png").read_bytes()[:60])
+    options = [
+        *[item for item in TINY if not item.startswith(("dataset", "methods", "seeds", "training.labels"))],
+        "dataset=image_folder",
+        f"dataset.path={tmp_path / 'images'}",
+        "dataset.validation_fraction=0.3",
+        "training.batch_size=8",
+        "training.num_workers=1",
+        "distiller=kd",
+        "teacher.text=null",
+        f"output={tmp_path / 'runs'}",
+    ]
+    assert main(["run", *options]) == 0
+    captured = capsys.readouterr()
+    assert "train/dog/99.png" in captured.err
+    results = RunResults.load(tmp_path / "runs" / "tiny" / "results.json")
+    assert [entry.id for entry in results.dataset.set_aside] == ["train/dog/99.png"]
+    assert results.dataset.num_train + results.dataset.num_validation == 24
+    assert results.clip is None
+
+
+def test_a_diverged_training_is_an_error_for_people(tiny_run, capsys):
+    options = [*TINY, f"output={tiny_run}", "methods={}", "seeds=null", "distiller=alone"]
+    assert main(["distill", *options, "training.learning_rate=1e30"]) == 2
+    assert "training diverged in epoch" in capsys.readouterr().err
+
+
+class _DyingTask(TrainTask):
+    """Learns a constant; its worker is killed in the third epoch, once."""
+
+    def __init__(self, flag):
+        self.flag = flag
+        self.module = _Constant()
+        self.num_samples = 4
+        self.epochs = []
+
+    def batches(self, epoch, context):
+        self.epochs.append(epoch)
+        if epoch == 2 and context.rank == 0 and not os.path.exists(self.flag):
+            open(self.flag, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield _Samples(torch.ones(4, 1), torch.zeros(4, dtype=torch.long))
+
+    def validate(self, context):
+        return {"accuracy": self.epochs[-1] / 10}
+
+    @property
+    def kept(self):
+        return self.module
+
+
+class _Samples:
+    def __init__(self, inputs, labels):
+        self.inputs, self.labels = inputs, labels
+
+
+class _Constant(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, batch):
+        loss = (self.value * batch.inputs).square().mean()
+        return StepOutput(LossOutput(loss, {"square": loss}))
+
+
+def test_a_killed_worker_resumes_from_the_last_checkpoint(ray_cluster, tmp_path, capsys):
+    from tmkd_ray.stages.training import TrainingJob, run_jobs
+
+    ray_cluster.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
+    flag = str(tmp_path / "died")
+    job = TrainingJob(
+        key="k",
+        label="dying",
+        folder=str(tmp_path / "job"),
+        training=TrainingConfig(epochs=4, batch_size=4, learning_rate=0.01),
+        build=lambda device: _DyingTask(flag),
+    )
+    (outcome,) = run_jobs([job], str(tmp_path))
+    assert os.path.exists(flag)
+    assert "dying: resuming after epoch 2" in capsys.readouterr().err
+    assert [record.epoch for record in outcome.history] == [1, 2, 3, 4]
+    assert outcome.best_epoch == 4
+    assert json.loads((tmp_path / "job" / "outcome.json").read_text())["key"] == "k"
+
+
+def test_the_student_of_a_run_loads_into_a_plain_model(tiny_run):
+    from safetensors.torch import load_file
+
+    (path,) = (tiny_run / "tiny" / "students").glob("tmkd-seed0-*/model.safetensors")
+    model = build_model("resnet8", TaskSpec(tuple("0123456789"), 32))
+    model.load_state_dict(load_file(path))
