@@ -1,9 +1,10 @@
 import math
 
+import numpy as np
 import pytest
 from scipy import stats
 
-from tmkd_ray.report.comparison import Difference, difference, student_t_quantile
+from tmkd_ray.report.comparison import Difference, difference
 from tmkd_ray.report.formatting import byte_size, count, duration, of, signed
 from tmkd_ray.report.table import format_table, markdown_table
 
@@ -19,12 +20,12 @@ def row(table: str, start: str) -> str:
 
 
 def test_mean_std_and_difference_are_those_computed_by_hand(make_results, make_method):
-    # alone: mean .92, variance .0004. better: mean .96, variance .0004. Equal n and variance: 4 degrees of
-    # freedom, t = 2.776445, half-width 2.776445 · sqrt(2 · .0004 / 3) = .045339.
-    methods = [make_method("alone", [0.90, 0.92, 0.94]), make_method("better", [0.94, 0.96, 0.98])]
+    # The gains are .04, .05, .03: mean .04, standard deviation .01; two degrees of freedom, t = 4.302653,
+    # half-width 4.302653 · .01 / sqrt(3) = .024841.
+    methods = [make_method("alone", [0.90, 0.92, 0.94]), make_method("better", [0.94, 0.97, 0.97])]
     table = format_table(make_results(methods=methods))
     assert cells(table, "Method alone") == "Method alone 92.00 ± 2.00 – 3 small 19,466 20.0"
-    assert cells(table, "Method better") == "Method better 96.00 ± 2.00 +4.00 ± 4.53 3 small 19,466 20.0"
+    assert cells(table, "Method better") == "Method better 96.00 ± 1.73 +4.00 ± 2.48 3 small 19,466 20.0"
     assert "Test accuracy (%)" in table
     assert "One of the 400 test images is 0.25 points." in " ".join(table.split())
 
@@ -85,30 +86,30 @@ def test_markdown_has_the_same_cells_and_escapes_them(make_results, make_method)
     assert lines[3].startswith("| Method b | 80.00 | −10.00 |")
 
 
-@pytest.mark.parametrize("degrees", [1.0, 1.7, 2.0, 2.94, 4.0, 30.0, 1000.0])
-def test_quantile_of_students_t(degrees):
-    assert student_t_quantile(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=1e-5)
+def test_difference_of_the_same_seeds_is_paired(make_method):
+    a, b = [0.90, 0.92, 0.95], [0.93, 0.94, 0.99]
+    found = difference(make_method("b", b), make_method("a", a), "test")
+    gains = np.subtract(b, a)
+    assert found.mean == pytest.approx(gains.mean())
+    # 4.302653: the 97.5 % quantile of Student's t with two degrees of freedom, from a printed table.
+    assert found.half_width == pytest.approx(4.302653 * gains.std(ddof=1) / np.sqrt(3), rel=1e-6)
 
 
-def test_quantile_of_a_printed_table():
-    assert student_t_quantile(2) == pytest.approx(4.302653, abs=1e-4)
-    assert student_t_quantile(4) == pytest.approx(2.776445, abs=1e-5)
-
-
-def test_difference_is_welchs_interval(make_method):
+def test_difference_of_other_seeds_is_welchs_interval(make_method):
     a, b = [0.90, 0.92, 0.94, 0.93], [0.95, 0.96, 0.97]
     found = difference(make_method("b", b), make_method("a", a), "test")
-    low, high = stats.ttest_ind(b, a, equal_var=False).confidence_interval(0.95)
-    assert found.mean == pytest.approx((low + high) / 2)
-    assert found.half_width == pytest.approx((high - low) / 2, rel=1e-5)
+    squared_errors = [np.var(b, ddof=1) / 3, np.var(a, ddof=1) / 4]
+    degrees = sum(squared_errors) ** 2 / (squared_errors[0] ** 2 / 2 + squared_errors[1] ** 2 / 3)
+    assert found.mean == pytest.approx(np.mean(b) - np.mean(a))
+    assert found.half_width == pytest.approx(stats.t.ppf(0.975, degrees) * np.sqrt(sum(squared_errors)))
 
 
 @pytest.mark.parametrize(
     ("a", "b", "verdict"),
     [
-        ([0.90, 0.91, 0.92], [0.96, 0.97, 0.98], "better"),
-        ([0.96, 0.97, 0.98], [0.90, 0.91, 0.92], "worse"),
-        ([0.90, 0.92, 0.94], [0.91, 0.93, 0.95], "within noise"),
+        ([0.90, 0.91, 0.92], [0.96, 0.98, 0.98], "better"),
+        ([0.96, 0.98, 0.98], [0.90, 0.91, 0.92], "worse"),
+        ([0.90, 0.92, 0.94], [0.91, 0.95, 0.94], "within noise"),
         ([0.9], [0.95, 0.96], "noise unknown"),
         # No scatter in three seeds is a coarse accuracy, not certainty.
         ([0.1 + 0.2] * 3, [0.4] * 3, "noise unknown"),

@@ -5,10 +5,10 @@ import statistics
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
+from scipy import stats
 
 from tmkd_ray.report.formatting import signed
-from tmkd_ray.results import MethodRecord, Split, sample_std
+from tmkd_ray.results import MethodRecord, Split
 
 Verdict = Literal["better", "worse", "within noise", "noise unknown"]
 
@@ -41,33 +41,29 @@ class Difference:
 
 
 def difference(method: MethodRecord, reference: MethodRecord, split: Split) -> Difference:
-    """Welch's interval for the difference of two means with unequal variances.
+    """The difference of two means with its 95 % interval by Student's t.
 
-    Source: B. L. Welch, "The generalization of 'Student's' problem when several different population
-    variances are involved", Biometrika 34 (1947).
+    Runs of the same seeds are compared seed by seed (a paired interval: a seed's draw of labelled images, order
+    and initial weights is the same for every method); others by Welch's interval for unequal variances.
     """
-    groups = [method.accuracies(split), reference.accuracies(split)]
-    mean = statistics.fmean(groups[0]) - statistics.fmean(groups[1])
-    stds = [sample_std(group) for group in groups]
-    squared_errors = [std**2 / len(group) for std, group in zip(stds, groups, strict=True) if std is not None]
-    squared_error = sum(squared_errors)
-    # Below 1e-9 the scatter is the rounding of equal accuracies.
-    if len(squared_errors) < 2 or squared_error < 1e-18:
-        return Difference(mean, None)
-    degrees = squared_error**2 / sum(
-        squared**2 / (len(group) - 1) for squared, group in zip(squared_errors, groups, strict=True)
+    ours, theirs = (
+        dict(zip((run.seed for run in record.runs), record.accuracies(split), strict=True))
+        for record in (method, reference)
     )
-    return Difference(mean, student_t_quantile(degrees) * math.sqrt(squared_error))
-
-
-def student_t_quantile(degrees: float, probability: float = 0.975) -> float:
-    """The quantile of Student's t for `degrees` >= 1 of freedom and a `probability` above one half.
-
-    With t = sqrt(degrees) tan(angle) the density is proportional to cos(angle)^(degrees - 1), smooth and
-    bounded, so that a plain cumulative sum over the angle is accurate to five digits.
-    """
-    edges = np.linspace(0.0, math.pi / 2, 400_001)
-    middles = (edges[:-1] + edges[1:]) / 2
-    cumulative = np.concatenate([[0.0], np.cumsum(np.cos(middles) ** (degrees - 1))])
-    angle = np.interp(2 * probability - 1, cumulative / cumulative[-1], edges)
-    return math.sqrt(degrees) * math.tan(float(angle))
+    mean = statistics.fmean(ours.values()) - statistics.fmean(theirs.values())
+    if min(len(ours), len(theirs)) < 2:
+        return Difference(mean, None)
+    if ours.keys() == theirs.keys():
+        squared_error = statistics.variance(ours[seed] - theirs[seed] for seed in ours) / len(ours)
+        degrees = len(ours) - 1.0
+    else:
+        squared_errors = [statistics.variance(group.values()) / len(group) for group in (ours, theirs)]
+        squared_error = sum(squared_errors)
+        shares = (
+            squared**2 / (len(group) - 1) for squared, group in zip(squared_errors, (ours, theirs), strict=True)
+        )
+        degrees = squared_error**2 / max(sum(shares), 1e-300)
+    # Below 1e-9 the scatter is the rounding of equal accuracies.
+    if squared_error < 1e-18:
+        return Difference(mean, None)
+    return Difference(mean, float(stats.t.ppf(0.975, degrees)) * math.sqrt(squared_error))

@@ -99,7 +99,9 @@ def _note(results: RunResults, split: Split) -> str:
         if several:
             sentences.append("Accuracy: mean ± sample standard deviation over the seeds.")
         if len(results.methods) > 1:
-            interval = ", ± the half-width of Welch's 95 % interval over the seeds" if several else ""
+            interval = (
+                ", ± the half-width of its 95 % interval, paired by seed where seeds agree" if several else ""
+            )
             sentences.append(f"Difference: to {results.methods[0].label}{interval}.")
         sentences.append("Seconds: of one training" + (", mean over the seeds." if several else "."))
         if split == "validation":

@@ -26,6 +26,9 @@ from tmkd_ray.training.context import WorkerContext
 from tmkd_ray.training.optimization import build_optimizer, learning_rate
 from tmkd_ray.types import LossOutput
 
+_SAY_EVERY_S = 2.0
+"""Short epochs are not all said, only the first, the last, and one every so many seconds."""
+
 
 @dataclass
 class StepOutput:
@@ -124,6 +127,7 @@ def train(
         # The buffers are constants and batch-norm statistics; the latter are averaged once an epoch.
         wrapped = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
 
+    said = time.perf_counter()
     for epoch in range(state.epoch, config.epochs):
         torch.manual_seed((config.seed * 1_000_003 + epoch) * 4096 + context.rank)
         started = time.perf_counter()
@@ -152,7 +156,9 @@ def train(
         if accuracy > state.best_accuracy:
             state.best_accuracy, state.best_epoch = accuracy, state.epoch
             state.best = {k: v.detach().cpu().clone() for k, v in task.kept.state_dict().items()}
-        _say_epoch(context, label, record, config.epochs)
+        if time.perf_counter() - said >= _SAY_EVERY_S or state.epoch in (1, config.epochs):
+            said = time.perf_counter()
+            context.say(_epoch_line(label, record, config.epochs))
         due = state.epoch % config.checkpoint_every == 0 or state.epoch == config.epochs
         with contextlib.ExitStack() as stack:
             checkpoint = None
@@ -231,10 +237,9 @@ def _check_finite(sums: Tensor, names: list[str], epoch: int) -> None:
         )
 
 
-def _say_epoch(context: WorkerContext, label: str, record: EpochRecord, epochs: int) -> None:
+def _epoch_line(label: str, record: EpochRecord, epochs: int) -> str:
     terms = "  ".join(f"{name} {value:.3f}" for name, value in record.terms.items())
-    validation = f"val {100 * (record.validation_accuracy or 0):5.1f} %"
-    context.say(
-        f"{label}: epoch {record.epoch}/{epochs}  loss {record.loss:.3f}  {terms}  {validation}  "
-        f"{record.images_per_second:,.0f} images/s"
+    return (
+        f"{label}: epoch {record.epoch}/{epochs}  loss {record.loss:.3f}  {terms}  "
+        f"validation {100 * (record.validation_accuracy or 0):.1f} %  {record.images_per_second:,.0f} images/s"
     )
