@@ -17,9 +17,14 @@ USER_ERROR = 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    # argparse takes only the first group of overrides; those behind a later option come back as unknown.
+    options, overrides = parser.parse_known_args(arguments)
+    unknown = [override for override in overrides if override.startswith("-")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        config = read_config(options.config, options.overrides)
+        config = read_config(options.config, [*options.overrides, *overrides])
         command: Callable[[ExperimentConfig, argparse.Namespace], None] = options.command
         command(config, options)
     except UserError as error:
@@ -82,17 +87,27 @@ def _show(config: ExperimentConfig, options: argparse.Namespace) -> None:
 
 
 def _run(config: ExperimentConfig, options: argparse.Namespace) -> None:
-    from tmkd_ray.stages.experiment import open_experiment
+    from tmkd_ray.stages.experiment import (
+        check_student,
+        check_text_teacher,
+        check_visual_teacher,
+        open_experiment,
+    )
+    from tmkd_ray.stages.knowledge import check_store
     from tmkd_ray.stages.run import run
     from tmkd_ray.stages.session import ray_session
 
     experiment = open_experiment(config)
+    check_store(experiment)
+    check_visual_teacher(experiment)
+    check_text_teacher(experiment)
+    check_student(experiment)
     with ray_session(config.cluster):
         run(experiment)
 
 
 def _fit_teacher(config: ExperimentConfig, options: argparse.Namespace) -> None:
-    from tmkd_ray.stages.experiment import open_experiment
+    from tmkd_ray.stages.experiment import check_visual_teacher, open_experiment
     from tmkd_ray.stages.fitting import fit_teacher
     from tmkd_ray.stages.session import ray_session
 
@@ -101,6 +116,7 @@ def _fit_teacher(config: ExperimentConfig, options: argparse.Namespace) -> None:
             f"teacher.visual.checkpoint is {config.teacher.visual.checkpoint}: nothing to fit; set it to null"
         )
     experiment = open_experiment(config)
+    check_visual_teacher(experiment)
     with ray_session(config.cluster):
         fitted = fit_teacher(experiment)
     assert fitted.outcome is not None
@@ -126,13 +142,15 @@ def _fit_clip(config: ExperimentConfig, options: argparse.Namespace) -> None:
 
 
 def _knowledge(config: ExperimentConfig, options: argparse.Namespace) -> None:
-    from tmkd_ray.stages.experiment import open_experiment
+    from tmkd_ray.stages.experiment import check_text_teacher, check_visual_teacher, open_experiment
     from tmkd_ray.stages.fitting import fit_clip, fit_teacher
     from tmkd_ray.stages.knowledge import check_store, compute_knowledge
     from tmkd_ray.stages.session import ray_session
 
     experiment = open_experiment(config)
     check_store(experiment)
+    check_visual_teacher(experiment)
+    check_text_teacher(experiment)
     with ray_session(config.cluster):
         result = compute_knowledge(experiment, fit_teacher(experiment), fit_clip(experiment))
     manifest = result.manifest
@@ -143,11 +161,14 @@ def _knowledge(config: ExperimentConfig, options: argparse.Namespace) -> None:
 
 
 def _distill(config: ExperimentConfig, options: argparse.Namespace) -> None:
-    from tmkd_ray.stages.distillation import distill
-    from tmkd_ray.stages.experiment import open_experiment
+    from tmkd_ray.stages.distillation import distill, student_jobs
+    from tmkd_ray.stages.experiment import check_student, check_text_teacher, open_experiment
     from tmkd_ray.stages.session import ray_session
 
     experiment = open_experiment(config)
+    check_text_teacher(experiment)
+    check_student(experiment)
+    student_jobs(experiment)  # refuses a store that is missing or lacks what a method needs
     with ray_session(config.cluster):
         students = distill(experiment)
     for student in students:
@@ -159,9 +180,12 @@ def _distill(config: ExperimentConfig, options: argparse.Namespace) -> None:
 
 def _evaluate(config: ExperimentConfig, options: argparse.Namespace) -> None:
     from tmkd_ray.stages.evaluation import format_measured, measure_all
-    from tmkd_ray.stages.experiment import open_experiment
+    from tmkd_ray.stages.experiment import check_text_teacher, check_visual_teacher, open_experiment
 
-    print(format_measured(*measure_all(open_experiment(config), options.split)))
+    experiment = open_experiment(config)
+    check_visual_teacher(experiment)
+    check_text_teacher(experiment)
+    print(format_measured(*measure_all(experiment, options.split)))
 
 
 if __name__ == "__main__":

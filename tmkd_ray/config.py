@@ -3,23 +3,42 @@
 YAML file, then dotted overrides (`training.epochs=20`); see `config_reading` for how it is read.
 """
 
-from typing import Any, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializeAsAny, field_validator, model_validator
+from pydantic import AfterValidator, Field, SerializeAsAny, field_validator, model_validator
 
 from tmkd_ray.augmentation import AugmentationConfig
 from tmkd_ray.datasets import DATASETS
 from tmkd_ray.datasets.base import DatasetConfig
 from tmkd_ray.models import check_model_name
 from tmkd_ray.objective import DistillerConfig
-from tmkd_ray.settings import ImageStatistics, Precision, Settings, resolve_each, resolve_named
+from tmkd_ray.settings import ImageStatistics, Precision, SectionError, Settings, resolve_each, resolve_named
 from tmkd_ray.views import VIEWS
 from tmkd_ray.views.base import ViewConfig
 
 DEFAULT_VIEWS = ("original", "edge", "high_frequency")
 
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What every random generator takes."""
 
-class TrainingConfig(Settings):
+
+def _folder_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(
+            f"{name!r} cannot name a folder; use letters, digits, '.', '_' and '-', a letter or digit first"
+        )
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(_folder_name)]
+
+
+def _distinct(values: tuple[Any, ...]) -> bool:
+    return 0 < len(values) == len(set(values))
+
+
+class TrainingConfig(Settings, allow_inf_nan=False):
     """How one network is trained: the student, the visual teacher, or CLIP.
 
     `batch_size` is global: it is divided among the workers, so that their number changes nothing else.
@@ -47,22 +66,46 @@ class TrainingConfig(Settings):
     num_cpus_per_worker: float = Field(default=1.0, gt=0)
     use_gpu: bool | None = Field(default=None, description="null: use GPUs when the cluster has them")
     max_failures: int = Field(default=3, ge=-1, description="restarts of a failed worker group; -1: no limit")
-    checkpoint_every: int = Field(default=1, ge=1, description="epochs")
+    checkpoint_every: int = Field(
+        default=1, ge=1, description="epochs between checkpoints: what a crash can cost at most"
+    )
     evaluation_batch_size: int = Field(default=512, ge=1)
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _check(self) -> "TrainingConfig":
+        problems = []
         if self.batch_size % self.num_workers:
-            raise ValueError(f"batch_size {self.batch_size} is not divisible by num_workers {self.num_workers}")
+            text = f"{self.batch_size} is not divisible by num_workers {self.num_workers}"
+            problems.append((("batch_size",), text))
         if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs {self.warmup_epochs} leaves nothing of {self.epochs} epochs")
+            text = f"{self.warmup_epochs:g} leaves nothing of the {self.epochs} epochs"
+            problems.append((("warmup_epochs",), text))
+        if self.nesterov and self.momentum == 0:
+            problems.append((("nesterov",), "needs a momentum above zero"))
         if any(not 0 < part < 1 for part in self.milestones):
-            raise ValueError("milestones are parts of the training, between 0 and 1")
+            problems.append((("milestones",), "are parts of the training, between 0 and 1"))
+        if problems:
+            raise SectionError(problems)
         return self
 
 
-class VisualTeacherConfig(Settings):
+class ClipTrainingConfig(TrainingConfig):
+    """How CLIP is trained: a `TrainingConfig` with the defaults that suit transformers."""
+
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    learning_rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    max_gradient_norm: float | None = Field(default=1.0, gt=0)
+
+
+def _on_all_labels(fit: TrainingConfig) -> TrainingConfig:
+    if fit.labels_per_class is not None:
+        raise SectionError([(("labels_per_class",), "only students are trained on few labels; leave it null")])
+    return fit
+
+
+class VisualTeacherConfig(Settings, allow_inf_nan=False):
     """The frozen visual teacher: a checkpoint, or one fitted here when `checkpoint` is null."""
 
     model: str = "resnet56"
@@ -77,6 +120,15 @@ class VisualTeacherConfig(Settings):
     def _known(cls, name: str) -> str:
         check_model_name(name)
         return name
+
+    @field_validator("std")
+    @classmethod
+    def _positive(cls, std: ImageStatistics | None) -> ImageStatistics | None:
+        if std is not None and min(std) <= 0:
+            raise ValueError("a standard deviation is above zero")
+        return std
+
+    _all_labels = field_validator("fit")(_on_all_labels)
 
 
 class ClipArchitecture(Settings):
@@ -94,11 +146,13 @@ class ClipArchitecture(Settings):
 
     @model_validator(mode="after")
     def _divisible(self) -> "ClipArchitecture":
-        for name in ("vision_width", "text_width"):
-            if getattr(self, name) % self.head_width:
-                raise ValueError(f"{name} is not a multiple of head_width {self.head_width}")
-        if self.image_size is not None and self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        problems = [
+            ((name,), f"{getattr(self, name)} is not a multiple of head_width {self.head_width}")
+            for name in ("vision_width", "text_width")
+            if getattr(self, name) % self.head_width
+        ]
+        if problems:
+            raise SectionError(problems)
         return self
 
 
@@ -107,11 +161,9 @@ class TextTeacherConfig(Settings):
 
     model: str | None = None
     architecture: ClipArchitecture = Field(default_factory=ClipArchitecture)
-    fit: TrainingConfig = Field(
-        default_factory=lambda: TrainingConfig(
-            optimizer="adamw", learning_rate=1e-3, weight_decay=0.05, warmup_epochs=1, max_gradient_norm=1.0
-        )
-    )
+    fit: ClipTrainingConfig = Field(default_factory=ClipTrainingConfig)
+
+    _all_labels = field_validator("fit")(_on_all_labels)
 
 
 class TeacherConfig(Settings):
@@ -121,7 +173,7 @@ class TeacherConfig(Settings):
     )
 
 
-class PoolConfig(Settings):
+class PoolConfig(Settings, allow_inf_nan=False):
     """An actor pool of the knowledge stage. It grows from `min_size` to `max_size` with its queue."""
 
     min_size: int = Field(default=1, ge=1)
@@ -131,8 +183,14 @@ class PoolConfig(Settings):
     @model_validator(mode="after")
     def _ordered(self) -> "PoolConfig":
         if self.max_size < self.min_size:
-            raise ValueError(f"max_size {self.max_size} is below min_size {self.min_size}")
+            raise SectionError([(("max_size",), f"{self.max_size} is below min_size {self.min_size}")])
         return self
+
+
+class ViewPoolConfig(PoolConfig):
+    """The actor pool that computes the views."""
+
+    max_size: int = Field(default=2, ge=1)
 
 
 class TeacherPoolConfig(PoolConfig):
@@ -152,10 +210,10 @@ class KnowledgeConfig(Settings):
     num_variants: int = Field(default=4, ge=1, description="stored augmentations of each training image")
     dtype: Literal["float16", "float32"] = "float16"
     shard_rows: int = Field(default=1024, ge=1, description="images per shard")
-    views: PoolConfig = Field(default_factory=lambda: PoolConfig(max_size=2))
+    views: ViewPoolConfig = Field(default_factory=ViewPoolConfig)
     visual: TeacherPoolConfig = Field(default_factory=TeacherPoolConfig)
     text: TeacherPoolConfig = Field(default_factory=TeacherPoolConfig)
-    seed: int = Field(default=0, ge=0, description="of the augmentation's draws")
+    seed: Seed = Field(default=0, description="of the augmentation's draws")
 
 
 class StudentConfig(Settings):
@@ -180,7 +238,7 @@ class ClusterConfig(Settings):
 class ExperimentConfig(Settings):
     """One experiment: everything a run needs, resolved and saved with it."""
 
-    name: str = Field(default="experiment", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: FolderName = "experiment"
     output: str = Field(default="runs", description="run folders are made in here")
     dataset: SerializeAsAny[DatasetConfig]
     augmentation: AugmentationConfig = Field(default_factory=AugmentationConfig)
@@ -193,10 +251,10 @@ class ExperimentConfig(Settings):
     student: StudentConfig = Field(default_factory=StudentConfig)
     distiller: DistillerConfig = Field(default_factory=lambda: DistillerConfig.model_validate("tmkd"))
     training: TrainingConfig = Field(default_factory=TrainingConfig)
-    methods: dict[str, DistillerConfig] = Field(
+    methods: dict[FolderName, DistillerConfig] = Field(
         default_factory=dict, description="distillers to compare in one run; empty: `distiller` alone"
     )
-    seeds: tuple[int, ...] | None = Field(
+    seeds: tuple[Seed, ...] | None = Field(
         default=None, description="of the students, each method once a seed; null: training.seed"
     )
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
@@ -209,34 +267,52 @@ class ExperimentConfig(Settings):
     @field_validator("views", mode="before")
     @classmethod
     def _resolve_views(cls, value: Any) -> Any:
-        if isinstance(value, list | tuple):
-            value = {name: {} for name in value}
-        if not isinstance(value, dict) or not value:
-            raise ValueError("expected at least one view: a list of names, or names with options")
-        return resolve_each(value, VIEWS)
+        views = resolve_each(value, VIEWS)
+        if not views:
+            raise ValueError("at least one view is needed")
+        return views
+
+    @field_validator("seeds")
+    @classmethod
+    def _each_once(cls, seeds: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if seeds is not None and not _distinct(seeds):
+            raise ValueError("give at least one seed, each once")
+        return seeds
 
     @model_validator(mode="after")
     def _check(self) -> "ExperimentConfig":
-        problems = []
-        for where, distiller in {"distiller": self.distiller, **self.named_methods("methods.")}.items():
+        # Where methods are compared `distiller` is not trained, but a wrong name in it is still a mistake.
+        distillers: dict[tuple[str, ...], DistillerConfig] = {("distiller",): self.distiller}
+        distillers |= {("methods", name): distiller for name, distiller in self.methods.items()}
+        trained = list(distillers)[1:] or list(distillers)
+        problems: list[tuple[tuple[str, ...], str]] = []
+        for where, distiller in distillers.items():
             unknown = [view for view in distiller.views or () if view not in self.views]
             if unknown:
-                problems.append(
-                    f"{where}.views: {', '.join(unknown)} not among the views of this config "
-                    f"({', '.join(self.views)})"
-                )
-            if distiller.needs_text_teacher and self.teacher.text is None:
-                problems.append(f"teacher.text is null, but {where} needs a text teacher")
-        if self.seeds is not None and (not self.seeds or len(set(self.seeds)) < len(self.seeds)):
-            problems.append("seeds: give at least one, each once")
+                text = f"{', '.join(unknown)} not among the views of this config ({', '.join(self.views)})"
+                problems.append(((*where, "views"), text))
+            if distiller.views is not None and not _distinct(distiller.views):
+                problems.append(((*where, "views"), "give at least one view, each once; null for all"))
+            if where in trained and not distiller.trains_classifier:
+                text = "no term trains the classifier; set ce_weight, text_weight, or a kd strategy on logits"
+                problems.append((where, text))
+            if self.teacher.text is None and where in trained and distiller.needs_text_teacher:
+                text = f"null, but {'.'.join(where)} needs a text teacher; have one, or choose another method"
+                problems.append((("teacher", "text"), text))
+        if self.teacher.text is not None and self.teacher.text.model is None:
+            architecture = self.teacher.text.architecture
+            image_size = architecture.image_size or self.dataset.image_size
+            if image_size % architecture.patch_size:
+                path = ("teacher", "text", "architecture", "patch_size")
+                text = f"the image size, {image_size}, is not a multiple of {architecture.patch_size}"
+                problems.append((path, text))
         if problems:
-            raise ValueError("; ".join(problems))
+            raise SectionError(problems)
         return self
 
-    def named_methods(self, prefix: str = "") -> dict[str, DistillerConfig]:
+    def named_methods(self) -> dict[str, DistillerConfig]:
         """Return the distillers to compare by name: `methods`, else the one of `distiller`."""
-        methods = self.methods or {self.distiller.name: self.distiller}
-        return {prefix + name: distiller for name, distiller in methods.items()}
+        return self.methods or {self.distiller.name: self.distiller}
 
     def taught_views(self, distiller: DistillerConfig) -> tuple[str, ...]:
         """Return the views that a distiller's teacher looks at: one for the plain teacher."""

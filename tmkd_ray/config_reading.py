@@ -1,9 +1,7 @@
 """Read an experiment's configuration: YAML, dotted overrides, and errors a person can act on."""
 
 import re
-import types
-import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +10,79 @@ from pydantic import ValidationError
 
 from tmkd_ray.config import DEFAULT_VIEWS, ExperimentConfig
 from tmkd_ray.errors import ConfigError
-from tmkd_ray.registry import nearest
-from tmkd_ray.settings import NestedError, Settings
+from tmkd_ray.settings import explain, names_as_mapping, shown
+
+_NUMBER_WITH_EXPONENT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+_NUMBERS_BEGIN_WITH = list("-+.0123456789")
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that also reads `3e-4` as a number (YAML 1.1 wants `3.0e-4`)."""
+    """Safe YAML that also reads `3e-4` as a number (YAML 1.1 wants `3.0e-4`) and refuses a key given twice."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise yaml.composer.ComposerError(
+                        None, None, f"the key {key.value!r} is given twice", key.start_mark
+                    )
+                seen.add((key.tag, key.value))
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError) as error:
+            # What PyYAML lets through for `2024-99-99`, `!!int x` and their like.
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(
+                None,
+                None,
+                f"{node.value!r} cannot be read as {kind}; for text write it in quotes",
+                node.start_mark,
+            ) from error
+
+    def refuse_tag(self, node: yaml.Node) -> Any:
+        tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+        raise yaml.constructor.ConstructorError(
+            None,
+            None,
+            f"the tag {tag} is not allowed: a configuration holds plain values only",
+            node.start_mark,
+        )
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around text that `_Loader` would read as a number."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER_WITH_EXPONENT, _NUMBERS_BEGIN_WITH)
+_Loader.add_constructor(None, _Loader.refuse_tag)
 
 
 def parse_yaml(text: str, source: str) -> Any:
     """Parse YAML text.
 
     Raises:
-        ConfigError: it is not YAML; names the source, line and column.
+        ConfigError: it is not YAML, has a key twice or a tag; names the source, line and column.
     """
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source} is not valid YAML: {error}") from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position)
+        column = error.position - text.rfind("\n", 0, error.position)
+        where, problem = f"line {line + 1}, column {column}", "a character that YAML does not allow"
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        assert mark is not None
+        where = f"line {mark.line + 1}, column {mark.column + 1}"
+        problem = ": ".join(filter(None, [error.context, error.problem]))
+    except RecursionError:
+        raise ConfigError(f"{source}: nested too deeply to be a configuration") from None
+    raise ConfigError(f"{source} is not valid YAML: {where}: {problem}")
 
 
 def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> ExperimentConfig:
@@ -49,18 +95,27 @@ def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Exper
     Raises:
         ConfigError: every error at once, each with its dotted path and, for an unknown key, the nearest.
     """
-    source = "the command line" if path is None else str(path)
-    tree: Any = {}
-    if path is not None:
-        if not Path(path).is_file():
-            raise ConfigError(f"--config: no file {path}")
-        tree = parse_yaml(Path(path).read_text(), str(path))
-        tree = {} if tree is None else tree
+    source = "the command line (no --config is given)" if path is None else str(path)
+    tree: Any = {} if path is None else parse_yaml(_read_text(Path(path)), source)
+    if tree is None:
+        tree = {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"{source}: expected a mapping of sections at the top, found {type(tree).__name__}")
+        raise ConfigError(f"{source}: expected a mapping of sections at the top, not {shown(tree)}")
     for override in overrides:
         apply_override(tree, override)
     return resolve(tree, source)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"--config: there is no file {path}") from None
+    except OSError as error:
+        raise ConfigError(f"--config: cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"--config: {path} is not UTF-8 text: line {line}. Save it as UTF-8") from error
 
 
 def resolve(tree: dict[str, Any], source: str) -> ExperimentConfig:
@@ -68,9 +123,9 @@ def resolve(tree: dict[str, Any], source: str) -> ExperimentConfig:
     try:
         return ExperimentConfig.model_validate(tree)
     except ValidationError as error:
-        lines = explain(error, ExperimentConfig)
-        count = "1 error" if len(lines) == 1 else f"{len(lines)} errors"
-        listing = "\n".join(f"  {line}" for line in lines)
+        problems = explain(error, ExperimentConfig)
+        count = "1 error" if len(problems) == 1 else f"{len(problems)} errors"
+        listing = "\n".join(f"  {'.'.join(path)}: {text}" for path, text in problems)
         raise ConfigError(f"{count} in the configuration from {source}:\n{listing}") from error
 
 
@@ -83,72 +138,34 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        raise ConfigError(f"override {override!r}: expected dotted.path=value, for example training.epochs=20")
-    if keys[0] == "views" and len(keys) > 1:
-        tree.setdefault("views", list(DEFAULT_VIEWS))
+        raise ConfigError(
+            f"override {override!r}: expected dotted.path=value, for example training.epochs=20; "
+            "a file goes after --config"
+        )
     node = tree
-    for depth, key in enumerate(keys[:-1]):
-        child = node.get(key)
-        # Sections may be written short: a name, or a list of names.
-        if child is None:
-            child = {}
-        elif isinstance(child, str):
-            child = {"name": child}
-        elif isinstance(child, list):
-            child = {str(name): {} for name in child}
-        elif not isinstance(child, dict):
-            raise ConfigError(
-                f"override {override!r}: {'.'.join(keys[: depth + 1])} is {child!r}, not a section"
-            )
-        node[key] = child
-        node = child
+    for depth, key in enumerate(keys[:-1], start=1):
+        dotted = ".".join(keys[:depth])
+        try:
+            section = _long_form(node.get(key), keys[:depth])
+        except ValueError as error:
+            raise ConfigError(f"override {override!r}: {dotted}: {error}") from error
+        if not isinstance(section, dict):
+            raise ConfigError(f"override {override!r}: {dotted} is {shown(section)}, which has no keys")
+        node[key] = dict(section)  # a copy: YAML's aliases make one section appear in several places
+        node = node[key]
     node[keys[-1]] = parse_yaml(text, f"override {override!r}")
 
 
-def explain(error: ValidationError, section: type[Settings], prefix: tuple[str, ...] = ()) -> list[str]:
-    """Return one line per error: dotted path, what is wrong, and the nearest valid key if one is unknown."""
-    lines = []
-    for item in error.errors():
-        path = tuple(str(part) for part in item["loc"])
-        dotted = ".".join(prefix + path) or "(top)"
-        cause = item.get("ctx", {}).get("error")
-        if isinstance(cause, NestedError):
-            for inner_path, inner_section, inner_error in cause.parts:
-                lines += explain(inner_error, inner_section, prefix + path + inner_path)
-        elif item["type"] == "extra_forbidden":
-            valid = _keys(section, path[:-1])
-            guess = nearest(path[-1], valid)
-            hint = f"did you mean {guess!r}?" if guess else f"valid keys: {', '.join(sorted(valid))}"
-            lines.append(f"{dotted}: unknown key; {hint}")
-        elif item["type"] == "missing":
-            lines.append(f"{dotted}: required, but not given")
-        elif cause is not None:
-            lines.append(f"{dotted}: {cause}" if path or prefix else str(cause))
-        else:
-            message = item["msg"][0].lower() + item["msg"][1:]
-            lines.append(f"{dotted}: {message} (given: {item['input']!r})")
-    return lines
-
-
-def _keys(section: type[Settings], path: Iterable[str]) -> list[str]:
-    for key in path:
-        inner = _section_of(section.model_fields[key].annotation)
-        assert inner is not None, f"an unknown key below {key}, which is not a section"
-        section = inner
-    return list(section.model_fields)
-
-
-def _section_of(annotation: Any) -> type[Settings] | None:
-    if isinstance(annotation, type) and issubclass(annotation, Settings):
-        return annotation
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
-        for argument in typing.get_args(annotation):
-            found = _section_of(argument)
-            if found is not None:
-                return found
-    return None
+def _long_form(section: Any, path: list[str]) -> Any:
+    """Return a section that may be missing or written short as a mapping."""
+    if path == ["views"]:
+        return names_as_mapping(list(DEFAULT_VIEWS) if section is None else section)
+    if section is None:
+        return {}
+    takes_name = path in (["dataset"], ["distiller"]) or path[-1] == "strategy" or path[:-1] == ["methods"]
+    return {"name": section} if takes_name and isinstance(section, str) else section
 
 
 def dump_config(config: ExperimentConfig) -> str:
     """Return the resolved configuration as YAML that `read_config` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)

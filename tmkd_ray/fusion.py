@@ -126,7 +126,7 @@ class TeachingSignal(nn.Module):
     @torch.no_grad()
     def forward(self, knowledge: Knowledge, labels_B: Tensor) -> TeacherOutput:
         """Return the teaching signal of a batch; computed in float32."""
-        # Autocast would round these products to half precision, and a small temperature would enlarge the error.
+        # Autocast would round these products to half precision; a small temperature enlarges the error.
         with torch.autocast(knowledge.feature.device.type, enabled=False):
             feature_BVD = knowledge.feature[:, self.positions].float()
             similarity_BVC = clip_embedding_BVE = None

@@ -40,6 +40,7 @@ def gather_from_workers(tensor_B: Tensor) -> tuple[Tensor, int]:
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return tensor_B.detach(), 0
-    parts = [torch.empty_like(tensor_B) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor_B.detach().contiguous())
+    own = tensor_B.detach().contiguous()
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, own)
     return torch.cat(parts), dist.get_rank() * len(tensor_B)

@@ -103,6 +103,12 @@ class DistillerConfig(Settings):
         return frozenset(needed)
 
     @property
+    def trains_classifier(self) -> bool:
+        """Whether some term reads the student's logits: without one its classifier would stay random."""
+        by_logits = self.kd_weight > 0 and "logits" in STRATEGIES.get(self.strategy.name).requires
+        return by_logits or self.ce_weight > 0 or self.text_weight > 0
+
+    @property
     def needs_text_teacher(self) -> bool:
         """Whether CLIP takes part: in a term, or in the views' weights."""
         weighs = self.teacher == "fused" and self.weighting != "uniform"
@@ -166,6 +172,7 @@ class Distiller(nn.Module):
             terms["ce"] = F.cross_entropy(
                 student.logits.float(), labels_B, label_smoothing=self.label_smoothing
             )
+        assert (teacher is None) == (config.teacher == "none"), config.teacher
         if teacher is not None:
             if self.strategy is not None:
                 output: LossOutput = self.strategy(student, teacher, labels_B)
@@ -191,7 +198,7 @@ class Distiller(nn.Module):
         config = self.config
         embedding_BE = F.normalize(projection(student.feature).float(), dim=1)
         losses = []
-        # Autocast would round the similarities to half precision, and the temperature would enlarge the error.
+        # Autocast would round the similarities to half precision; the temperature enlarges the error.
         with torch.autocast(embedding_BE.device.type, enabled=False):
             if config.contrastive_mode in ("class", "both"):
                 assert teacher.text_bank is not None

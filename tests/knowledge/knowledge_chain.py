@@ -31,7 +31,11 @@ VISUAL_BATCH, CLIP_BATCH = 7, 50
 
 MEAN, STD = (0.3, 0.32, 0.28), (0.35, 0.36, 0.34)
 CIFAR = AugmentationConfig(recipe="cifar", padding=3)
-FINGERPRINT: Fingerprint = {"version": 1, "views": {"edge": {"strength": 0.5}}, "view_order": ("original", "edge")}
+FINGERPRINT: Fingerprint = {
+    "version": 1,
+    "views": {"edge": {"strength": 0.5}},
+    "view_order": ("original", "edge"),
+}
 
 
 @dataclass(frozen=True)
@@ -85,14 +89,9 @@ class Chain:
         return store
 
 
-def build_visual_teacher(dtype_scale: float = 1.0) -> VisualTeacher:
+def build_visual_teacher() -> VisualTeacher:
     torch.manual_seed(0)
-    model = build_model("resnet8", TaskSpec(tuple("0123456789"), SIZE))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bn2.weight"):
-                parameter.mul_(dtype_scale)
-    return VisualTeacher(model, MEAN, STD)
+    return VisualTeacher(build_model("resnet8", TaskSpec(tuple("0123456789"), SIZE)), MEAN, STD)
 
 
 def build_clip() -> ClipTeacher:

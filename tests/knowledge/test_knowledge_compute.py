@@ -26,13 +26,14 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
 
-from tmkd_ray.augmentation import AugmentationConfig, draw_parameters, sample_keys, variant_offsets
+from tmkd_ray.augmentation import draw_parameters, sample_keys, variant_offsets
 from tmkd_ray.datasets import build_dataset
 from tmkd_ray.datasets.image_folder import ImageFolderConfig
 from tmkd_ray.errors import UserError
-from tmkd_ray.knowledge.compute import ShardPlan, VisualStage, plan_shards
+from tmkd_ray.knowledge.compute import ClipStage, ShardPlan, VisualStage, plan_shards
 from tmkd_ray.knowledge.store import KnowledgeArrays, KnowledgeStore
 from tmkd_ray.models.base import ImageClassifier
+from tmkd_ray.settings import Precision
 from tmkd_ray.teachers import VisualTeacher
 from tmkd_ray.training.loader import ResidentKnowledge
 from tmkd_ray.types import ModelOutput
@@ -319,10 +320,22 @@ def test_features_too_large_for_float16(dtype: str, chain: Chain) -> None:
         stage(table)
 
 
-def test_no_augmentation_draws_nothing(chain: Chain) -> None:
-    keys = sample_keys(chain.train.ids, SEED)
-    parameters = draw_parameters(AugmentationConfig(recipe="none"), keys, np.arange(2), SIZE)
-    assert np.unique(parameters.reshape(-1, 5), axis=0).tolist() == [[0, 0, SIZE, SIZE, 0]]
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_reduced_precision(precision: Precision, chain: Chain, store: KnowledgeStore) -> None:
+    assert chain.clip is not None
+    table = chain.stages()[0](chain.plans()[0].to_table())
+    table = VisualStage(chain.visual, chain.layouts, "cpu", 64, precision)(table)
+    table = ClipStage(chain.clip, chain.layouts, "cpu", 64, precision)(table)
+    arrays = store.read("train")
+    assert arrays.clip_embedding is not None
+    for column, exact in {"feature": arrays.feature, "clip_embedding": arrays.clip_embedding}.items():
+        found = np.frombuffer(table.column(column)[0].as_buffer(), np.float16).reshape(
+            SHARD_ROWS, *exact.shape[1:]
+        )
+        assert (found != exact[:SHARD_ROWS]).any(), "it was computed in reduced precision"
+        np.testing.assert_allclose(found, exact[:SHARD_ROWS], atol=0.05 * np.abs(exact).max())
+    length = np.linalg.norm(found.astype(np.float64), axis=-1)
+    np.testing.assert_allclose(length, 1.0, atol=2e-3)
 
 
 def test_model_is_left_in_evaluation_mode() -> None:

@@ -1,5 +1,7 @@
 """Columns of a shard: arrays as fixed-size binary values."""
 
+import itertools
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -80,7 +82,7 @@ def test_decode_of_chunks(cuts: list[int]) -> None:
     """Chunks of unequal length, some empty, each a slice of a longer array."""
     values = np.arange(30, dtype=np.float32).reshape(5, 6)
     column = encode_array(values)
-    chunks = [column.slice(a, b - a) for a, b in zip(cuts, cuts[1:], strict=False)]
+    chunks = [column.slice(a, b - a) for a, b in itertools.pairwise(cuts)]
     decoded = decode_array(pa.chunked_array(chunks), values.dtype, (6,))
     np.testing.assert_array_equal(decoded, values[cuts[0] : cuts[-1]])
 

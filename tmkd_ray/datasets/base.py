@@ -110,14 +110,16 @@ class ImageDataset(ABC):
         """List the samples of a split from labels alone; `train` only `config.limit` of them.
 
         Raises:
-            UserError: the split is empty, or a label has no class name.
+            UserError: the split is empty, a label has no class name, or a class-name file has too many.
         """
         index = self._read_index(split)
         where = f"dataset {self.config.name}, {split} split"
         if len(index) == 0:
             raise UserError(f"{where}: no images. Check dataset.path")
         lowest, highest = int(index.labels.min()), int(index.labels.max())
-        if lowest < 0 or highest >= len(self.class_names):
+        # Data may come with the name of a class without images; in a file of one's own that is a mistake.
+        surplus = self.config.class_names is not None and split == "train"
+        if lowest < 0 or highest >= len(self.class_names) or (surplus and highest + 1 < len(self.class_names)):
             raise UserError(
                 f"{where}: labels run {lowest}..{highest} but {len(self.class_names)} class names are given. "
                 "Name each label in the file of dataset.class_names, or choose another label column"

@@ -119,11 +119,12 @@ class KnowledgeStore:
         return stored
 
     def committed(self) -> dict[tuple[str, int], ShardRecord]:
-        """Return the records of the shards that are done, by split and number."""
+        """Return the records of the shards that are done and there, by split and number."""
         records = {}
         for split in ("train", "validation"):
-            for name in storage.list_names(self._at(split)):
-                if name.endswith(".json"):
+            names = set(storage.list_names(self._at(split)))
+            for name in names:
+                if name.endswith(".json") and name.removesuffix("json") + "parquet" in names:
                     record = ShardRecord(**json.loads(storage.read_bytes(self._at(split, name))))
                     records[split, record.number] = record
         return records
@@ -227,7 +228,7 @@ class KnowledgeStore:
         if hashlib.sha256(content).hexdigest() != record.sha256:
             raise UserError(
                 f"{name} is damaged: {len(content)} bytes that are not those committed ({record.bytes}); "
-                "delete it and its .json, and run `tmkd knowledge` again"
+                "delete it and run `tmkd knowledge` again"
             )
         return pq.read_table(pa.BufferReader(content))
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +15,9 @@ from tmkd_ray.datasets import build_dataset, decode
 from tmkd_ray.datasets.base import ImageDataset, SampleIndex
 from tmkd_ray.datasets.splits import split_train
 from tmkd_ray.errors import UserError
+from tmkd_ray.models import build_model
 from tmkd_ray.settings import ImageStatistics
+from tmkd_ray.teachers import ClipTeacher, VisualTeacher
 from tmkd_ray.types import TaskSpec
 from tmkd_ray.views import build_view
 from tmkd_ray.views.base import View
@@ -85,13 +89,14 @@ class Experiment:
 
 
 def open_experiment(config: ExperimentConfig) -> Experiment:
-    """Find the data and check all that can be checked before anything starts.
+    """Find the data and check it, both splits, before anything starts; the networks have their own checks.
 
     Raises:
-        UserError: data, class names or checkpoints do not exist or do not fit.
+        UserError: data or class names do not exist or do not fit.
     """
     dataset = build_dataset(config.dataset)
     index = dataset.index("train")
+    dataset.index("test")  # read only at the end, which is too late to learn that its labels are wrong
     train, validation = split_train(index, config.dataset.validation_fraction, config.dataset.split_seed)
     if len(validation) == 0:
         raise UserError(
@@ -105,6 +110,52 @@ def open_experiment(config: ExperimentConfig) -> Experiment:
     folder = storage.join(storage.absolute(config.output), config.name)
     store_path = storage.absolute(config.knowledge.path or storage.join(folder, "knowledge"))
     return Experiment(config, dataset, train, validation, folder, store_path)
+
+
+def check_visual_teacher(experiment: Experiment) -> None:
+    """Build the visual teacher here, with its weights if they are given, before a cluster is asked to.
+
+    Raises:
+        UserError: its checkpoint is missing or of another model or other classes; or the model cannot be had,
+            does not suit the images, or has no linear classifier.
+    """
+    visual = experiment.config.teacher.visual
+    mean, std = experiment.teacher_statistics()
+    try:
+        if visual.checkpoint is None:
+            VisualTeacher(build_model(visual.model, experiment.task), mean, std)
+        else:
+            VisualTeacher.load(visual.model, experiment.task, visual.checkpoint, mean, std)
+    except UserError as error:
+        raise UserError(f"teacher.visual: {error}") from error
+
+
+def check_text_teacher(experiment: Experiment) -> None:
+    """Load the CLIP that the configuration names, if any, before a cluster is asked to.
+
+    Raises:
+        UserError: it cannot be found or is not a CLIP.
+    """
+    text = experiment.config.teacher.text
+    if text is None or text.model is None:
+        return
+    if not os.path.isdir(text.model) and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text.model):
+        raise UserError(
+            f"teacher.text.model: there is no folder {text.model}, and it is no hub name (OWNER/NAME) either"
+        )
+    ClipTeacher.load(text.model)
+
+
+def check_student(experiment: Experiment) -> None:
+    """Build the student here, before a cluster is asked to.
+
+    Raises:
+        UserError: the model cannot be had, or does not suit the images.
+    """
+    try:
+        build_model(experiment.config.student.model, experiment.task)
+    except UserError as error:
+        raise UserError(f"student.model: {error}") from error
 
 
 def _fits(config: ExperimentConfig) -> dict[str, TrainingConfig]:

@@ -1,13 +1,17 @@
 """CLIP, the text teacher: Radford et al. 2021, arXiv 2103.00020, in transformers' format."""
 
 import contextlib
+import itertools
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 
@@ -17,6 +21,9 @@ from tmkd_ray.teachers.pixels import Normalize, weights_fingerprint
 
 MAX_TOKENS = 77
 """CLIP's context length."""
+
+_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError)
+"""What transformers raises on files that are missing, damaged, or of something else."""
 
 
 @contextlib.contextmanager
@@ -62,18 +69,33 @@ class ClipTeacher(nn.Module):
         Raises:
             UserError: it cannot be found or is not a CLIP.
         """
+        path = os.path.expanduser(name_or_folder)
         try:
             with _quiet():
-                model = transformers.AutoModel.from_pretrained(name_or_folder)
-                tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_folder)
-                processor = transformers.AutoImageProcessor.from_pretrained(name_or_folder)
-        except (OSError, ValueError, KeyError) as error:
-            where = "folder" if os.path.isdir(name_or_folder) else "folder or model name"
+                model, loading = transformers.AutoModel.from_pretrained(
+                    path, dtype=torch.float32, output_loading_info=True
+                )
+                tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+                processor = transformers.AutoImageProcessor.from_pretrained(path)
+        except _UNREADABLE as error:
+            where = "folder" if os.path.isdir(path) else "folder or model name"
             raise UserError(
                 f"teacher.text.model: cannot load a CLIP from the {where} {name_or_folder!r}: {error}"
             ) from error
         if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
             raise UserError(f"teacher.text.model: {name_or_folder!r} is a {type(model).__name__}, not a CLIP")
+        if loading["missing_keys"]:
+            raise UserError(
+                f"teacher.text.model: {name_or_folder!r} lacks the weights "
+                f"{', '.join(sorted(loading['missing_keys'])[:5])}; give a CLIP with both its towers"
+            )
+        # Without its files a tokenizer is loaded that knows no words; padding the vocabulary is common.
+        vocabulary = model.config.text_config.vocab_size
+        if not len(set(tokenizer.all_special_ids)) < len(tokenizer) <= vocabulary:
+            raise UserError(
+                f"teacher.text.model: {name_or_folder!r}: its tokenizer has {len(tokenizer)} tokens, its text tower "
+                f"{vocabulary}; is its own tokenizer.json, or vocab.json and merges.txt, there?"
+            )
         size = model.config.vision_config.image_size
         teacher = cls(model, tokenizer, size, tuple(processor.image_mean), tuple(processor.image_std))
         return teacher.eval().requires_grad_(False)
@@ -202,11 +224,45 @@ class ClipTeacher(nn.Module):
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary_size: int) -> Any:
-    """Return a CLIPTokenizer whose byte-pair merges are learnt from `texts`."""
+    """Return a CLIPTokenizer whose byte-pair merges are learnt from `texts`: the same in every process.
+
+    Every byte has its tokens, so any text can be encoded; merges are learnt until the vocabulary is full or no
+    pair is left. Source: Sennrich et al. 2016, "Neural machine translation of rare words with subword units",
+    arXiv 1508.07909, algorithm 1. (The tokenizers library's own trainer numbers tokens and breaks ties in the
+    order of a hash table, so that no two workers would agree on what a token means.)
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     symbols = ["<|startoftext|>", "<|endoftext|>", *alphabet, *(f"{symbol}</w>" for symbol in alphabet)]
+    vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
     blank = transformers.CLIPTokenizer(
-        vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[], model_max_length=MAX_TOKENS
+        vocab=vocabulary, merges=[], model_max_length=MAX_TOKENS
+    ).backend_tokenizer
+    counts = Counter(
+        word
+        for text in texts
+        for word, _ in blank.pre_tokenizer.pre_tokenize_str(blank.normalizer.normalize_str(text))
     )
-    # show_progress writes bars to stderr, which in a cluster is everyone's log.
-    return blank.train_new_from_iterator([list(texts)], vocab_size=vocabulary_size, show_progress=False)
+    words = [([*word[:-1], f"{word[-1]}</w>"], count) for word, count in counts.items()]
+    merges: list[tuple[str, str]] = []
+    while len(vocabulary) < vocabulary_size:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for parts, count in words:
+            for pair in itertools.pairwise(parts):
+                pairs[pair] += count
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        vocabulary.setdefault("".join(best), len(vocabulary))
+        for parts, _ in words:
+            _merge(parts, best)
+    return transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def _merge(parts: list[str], pair: tuple[str, str]) -> None:
+    """Join every occurrence of the pair, from left to right, in place."""
+    i = 0
+    while i < len(parts) - 1:
+        if (parts[i], parts[i + 1]) == pair:
+            parts[i : i + 2] = ["".join(pair)]
+        i += 1

@@ -23,6 +23,9 @@ from tmkd_ray.views.base import View
 _MAX_LOGIT_SCALE = 4.6052
 """ln 100: CLIP clips its scale there."""
 
+_NEVER = -1e4
+"""Logit of what is no candidate: its probability is zero, and zero times its logarithm is finite."""
+
 
 def contrastive_loss(similarity_BM: Tensor, positives_BM: Tensor) -> Tensor:
     """Symmetric contrastive loss of images against captions, where several images may share a caption.
@@ -76,7 +79,10 @@ class ClipModule(nn.Module):
             {"input_ids": self.input_ids[rows_M], "attention_mask": self.attention_mask[rows_M]}
         )
         scale = self.clip.model.logit_scale.clamp(max=_MAX_LOGIT_SCALE).exp()
-        similarity_BM = scale * image_BE @ text_ME.T
+        # Candidates are the captions of the image's own view: telling classes apart is what the text teacher is
+        # for, and telling the views apart is so much easier that it would be learnt in its place.
+        same_view_BM = batch.view_indices[:, None] == captions_M // self.num_classes
+        similarity_BM = (scale * image_BE @ text_ME.T).masked_fill(~same_view_BM, _NEVER)
         positives_BM = F.one_hot(position_B, len(captions_M)).bool()
         loss = contrastive_loss(similarity_BM.float(), positives_BM)
         correct = (similarity_BM.argmax(1) == position_B).sum()

@@ -14,6 +14,7 @@ from tmkd_ray.augmentation import (
     sample_keys,
     variant_offsets,
 )
+from tmkd_ray.errors import UserError
 from tmkd_ray.knowledge.store import KnowledgeArrays
 from tmkd_ray.types import Knowledge
 
@@ -29,7 +30,15 @@ def worker_batches(order_N: Tensor, batch_size: int, rank: int, world_size: int)
 
     The last, incomplete batch of an epoch is left out (the next epoch's order differs). Data smaller than a
     batch makes one batch an epoch, of as many samples as divide among the workers.
+
+    Raises:
+        UserError: there are fewer samples than workers.
     """
+    if len(order_N) < world_size:
+        raise UserError(
+            f"{len(order_N)} training images cannot be shared among {world_size} workers; "
+            "lower num_workers, or give more images (labels_per_class)"
+        )
     size = min(batch_size, len(order_N) // world_size * world_size)
     local = size // world_size
     for start in range(0, len(order_N) - size + 1, size):

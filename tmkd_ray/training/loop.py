@@ -159,14 +159,13 @@ def train(
         if time.perf_counter() - said >= _SAY_EVERY_S or state.epoch in (1, config.epochs):
             said = time.perf_counter()
             context.say(_epoch_line(label, record, config.epochs))
-        due = state.epoch % config.checkpoint_every == 0 or state.epoch == config.epochs
-        with contextlib.ExitStack() as stack:
-            checkpoint = None
-            if due and context.rank == 0:
-                checkpoint = stack.enter_context(
-                    written_checkpoint(state, module.state_dict(), optimizer.state_dict(), scaler.state_dict())
-                )
-            context.report({"epoch": state.epoch, "validation_accuracy": accuracy}, checkpoint)
+        if state.epoch % config.checkpoint_every == 0 or state.epoch == config.epochs:
+            with contextlib.ExitStack() as stack:
+                checkpoint = None
+                if context.rank == 0:
+                    parts = (module.state_dict(), optimizer.state_dict(), scaler.state_dict())
+                    checkpoint = stack.enter_context(written_checkpoint(state, *parts))
+                context.report({"epoch": state.epoch, "validation_accuracy": accuracy}, checkpoint)
 
     return TrainingOutcome(state.best, state.best_epoch, state.best_accuracy, state.history, state.seconds)
 

@@ -1,0 +1,189 @@
+"""Two DDP workers teach what one teaches: the same batches, the same weights."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from training_samples import (
+    SIZE,
+    ScriptedTask,
+    TinyClassifier,
+    assert_same_weights,
+    clip_task,
+    interrupt,
+    knowledge,
+    run,
+    scripted,
+    spawn,
+    student_task,
+    timeless,
+    training,
+)
+
+from tmkd_ray.models import build_model
+from tmkd_ray.training.context import PlainContext
+from tmkd_ray.training.loop import DivergedError, TrainTask
+from tmkd_ray.types import TaskSpec
+
+OBJECTIVES: dict[str, Any] = {
+    "cross-entropy": "alone",
+    "plain teacher": "kd",
+    "all terms": "tmkd",
+    "instance contrast": {"name": "tmkd", "contrastive_mode": "instance", "contrastive_weight": 1.0},
+}
+NUM_IMAGES = 43
+"""Two batches of 16 and a rest that no epoch uses."""
+
+
+def build_resnet() -> Any:
+    return build_model("resnet8", TaskSpec(tuple("0123456789"), SIZE))
+
+
+def rows_seen(task: TrainTask, context: PlainContext, epochs: int) -> list[list[list[int]]]:
+    """Return, by epoch and batch, the rows; told by the first value of their feature, which is unique."""
+    value = knowledge(0, NUM_IMAGES).feature[:, :, 0, :2].astype(np.float64)
+    rows = {tuple(pair): row for row, variants in enumerate(value) for pair in variants.tolist()}
+    assert len(rows) == 2 * NUM_IMAGES
+    return [
+        [
+            [rows[tuple(pair)] for pair in batch.knowledge.feature[:, 0, :2].double().tolist()]
+            for batch in task.batches(epoch, context)
+        ]
+        for epoch in range(epochs)
+    ]
+
+
+def scenario(folder: Path) -> dict[str, Any]:
+    """What each worker does; one start of processes serves all tests."""
+    results: dict[str, Any] = {}
+    config = training(epochs=3)
+    train = knowledge(0, NUM_IMAGES)
+    context = PlainContext(folder, quiet=True)
+    results["rank"] = (context.rank, context.world_size)
+    for name, objective in OBJECTIVES.items():
+        # Each worker starts from other weights: DDP hands out those of rank 0.
+        task = student_task(config, objective, TinyClassifier, train, initial_seed=context.rank)
+        outcome = run(task, config, folder / name)
+        results[name] = (outcome.weights, timeless(outcome.history))
+    results["rows"] = rows_seen(task, context, 3)
+
+    task = student_task(config, "kd", build_resnet, train)
+    outcome = run(task, config, folder / "whole")
+    results["batch norm"] = {k: v.clone() for k, v in task.module.state_dict().items()}
+    results["batch norm best"] = outcome.weights
+    interrupt(student_task(config, "kd", build_resnet, train), config, folder / "broken", epoch=2)
+    resumed = student_task(config, "kd", build_resnet, train, initial_seed=9)
+    outcome = run(resumed, config, folder / "broken")
+    results["resumed"] = {k: v.clone() for k, v in resumed.module.state_dict().items()}
+    results["resumed best"] = outcome.weights
+
+    clip_config = training(epochs=2, optimizer="adamw", learning_rate=1e-3)
+    clip = clip_task(clip_config, NUM_IMAGES)
+    run(clip, clip_config, folder / "clip")
+    results["clip"] = {k: v.clone() for k, v in clip.module.state_dict().items()}
+    results["clip tokens"] = clip.module.input_ids
+
+    for poisoned in (0, 1):
+        try:
+            run(ScriptedTask([0.5] * 3, poison=(1, poisoned)), scripted(), folder / f"poisoned {poisoned}")
+        except DivergedError as error:
+            results[f"poisoned {poisoned}"] = str(error)
+    clipped = scripted(epochs=1, max_gradient_norm=1.0)
+    task = ScriptedTask([0.5], value=2.0 + 4.0 * context.rank)
+    run(task, clipped, folder / "clipped")
+    results["clipped"] = task.seen
+    task = ScriptedTask([0.5], value=2.0 + 4.0 * context.rank)
+    results["scripted history"] = timeless(run(task, scripted(epochs=1), folder / "scripted").history)
+    return results
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return spawn(scenario, tmp_path_factory.mktemp("workers"))
+
+
+def test_there_are_two(workers: list[dict[str, Any]]) -> None:
+    assert [worker["rank"] for worker in workers] == [(0, 2), (1, 2)]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_two_workers_teach_what_one_teaches(
+    objective: str, workers: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """At the same global batch; the terms and accuracies that are told are those of all images."""
+    config = training(epochs=3)
+    task = student_task(config, OBJECTIVES[objective], TinyClassifier, knowledge(0, NUM_IMAGES))
+    before = {name: value.clone() for name, value in task.kept.state_dict().items()}
+    outcome = run(task, config, tmp_path)
+    expected_history = timeless(outcome.history)
+    for weights, history in (worker[objective] for worker in workers):
+        for name, value in outcome.weights.items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-5)
+            assert (value - before[name]).abs().max() > 1e-3, "it was trained at all"
+        for found, expected in zip(history, expected_history, strict=True):
+            assert found.pop("terms") == pytest.approx(expected["terms"], rel=1e-4)
+            assert found == pytest.approx({k: v for k, v in expected.items() if k != "terms"}, rel=1e-4)
+    assert_same_weights(workers[1][objective][0], workers[0][objective][0])
+    if objective == "all terms":
+        assert set(expected_history[0]["terms"]) >= {"ce", "kd", "feature", "text", "contrastive"}
+
+
+def test_batches_partition_the_global_batch(workers: list[dict[str, Any]], tmp_path: Path) -> None:
+    """Side by side the workers' parts are one worker's batch, in its order."""
+    config = training()
+    task = student_task(config, "tmkd", TinyClassifier, knowledge(0, NUM_IMAGES))
+    alone = rows_seen(task, PlainContext(tmp_path), 3)
+    for epoch, batches in enumerate(alone):
+        assert len(batches) == 2
+        for number, batch in enumerate(batches):
+            parts = [worker["rows"][epoch][number] for worker in workers]
+            assert [len(part) for part in parts] == [8, 8]
+            assert parts[0] + parts[1] == batch
+        used = [row for batch in batches for row in batch]
+        assert len(set(used)) == len(used) == 32
+    assert alone[0] != alone[1]
+
+
+def test_batch_statistics_are_equal_on_all_workers(workers: list[dict[str, Any]]) -> None:
+    first, second = (worker["batch norm"] for worker in workers)
+    assert any("running_mean" in name for name in first)
+    assert_same_weights(second, first)
+    assert_same_weights(workers[1]["batch norm best"], workers[0]["batch norm best"])
+    moved = [name for name in first if "running_mean" in name and first[name].abs().max() > 0]
+    assert len(moved) == sum("running_mean" in name for name in first)
+
+
+def test_interrupted_on_two_workers(workers: list[dict[str, Any]]) -> None:
+    for worker in workers:
+        assert_same_weights(worker["resumed"], worker["batch norm"])
+        assert_same_weights(worker["resumed best"], worker["batch norm best"])
+
+
+def test_clip_on_two_workers(workers: list[dict[str, Any]]) -> None:
+    """They speak of the same tokens, and end in the same weights."""
+    assert torch.equal(workers[0]["clip tokens"], workers[1]["clip tokens"])
+    assert_same_weights(workers[1]["clip"], workers[0]["clip"])
+
+
+@pytest.mark.parametrize("poisoned", [0, 1])
+def test_all_workers_stop_when_one_diverges(poisoned: int, workers: list[dict[str, Any]]) -> None:
+    messages = [worker[f"poisoned {poisoned}"] for worker in workers]
+    assert messages[0] == messages[1]
+    assert messages[0].startswith("training diverged in epoch 2: loss, slope is not finite")
+
+
+def test_the_gradient_of_all_workers_is_clipped(workers: list[dict[str, Any]]) -> None:
+    """Gradients 2 and 6 make 4, clipped to 1: three steps of 1."""
+    for worker in workers:
+        assert worker["clipped"] == pytest.approx([-3.0], rel=1e-5)
+
+
+def test_history_is_of_all_workers(workers: list[dict[str, Any]]) -> None:
+    """The weight is 0, -4, -8 at the losses; the mean input is 4."""
+    expected = {"slope": -16.0, "constant": 2.0}
+    for worker in workers:
+        (record,) = worker["scripted history"]
+        assert record["terms"] == pytest.approx(expected)
+        assert record["loss"] == pytest.approx(-16.0)
