@@ -141,8 +141,8 @@ def test_a_key_like_no_other_lists_the_valid_ones():
             "training.warmup_epochs: 5 leaves nothing of the 5 epochs",
         ),
         (
-            {"teacher": {"text": {"fit": {"epochs": 1}}}},
-            "teacher.text.fit.warmup_epochs: 1 leaves nothing of the 1 epochs",
+            {"teacher": {"text": {"fit": {"epochs": 2, "warmup_epochs": 2.5}}}},
+            "teacher.text.fit.warmup_epochs: 2.5 leaves nothing of the 2 epochs",
         ),
         (
             {"teacher": {"text": {"fit": {"labels_per_class": 5}}}},

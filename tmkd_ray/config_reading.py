@@ -108,7 +108,7 @@ def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Exper
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return path.read_bytes().decode("utf-8")
     except FileNotFoundError:
         raise ConfigError(f"--config: there is no file {path}") from None
     except OSError as error:

@@ -1,8 +1,8 @@
 """One local Ray for all tests of the stages."""
 
-import os
-
 import pytest
+
+import tmkd_ray.stages  # noqa: F401 (sets Ray's environment before Ray is imported)
 
 
 @pytest.fixture(scope="session")
@@ -10,7 +10,8 @@ def ray_cluster():
     """A local Ray with four logical CPUs, which the stages use as they find it."""
     import ray
 
-    os.environ["RAY_AUTH_MODE"] = "disabled"  # else a token file appears in the home folder
-    ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="error", log_to_driver=False)
+    from tmkd_ray.stages.session import start_local_ray
+
+    start_local_ray(num_cpus=4)
     yield ray
     ray.shutdown()

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -203,6 +204,7 @@ class _DyingTask(TrainTask):
         self.epochs.append(epoch)
         if epoch == 2 and context.rank == 0 and not os.path.exists(self.flag):
             open(self.flag, "w").close()
+            time.sleep(2)  # the controller takes note of a checkpoint a moment after it was reported
             os.kill(os.getpid(), signal.SIGKILL)
         yield _Samples(torch.ones(4, 1), torch.zeros(4, dtype=torch.long))
 

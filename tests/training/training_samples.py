@@ -212,7 +212,7 @@ class ScriptedTask(TrainTask):
 
     Args:
         accuracies: what `validate` says, by epoch.
-        poison: (epoch, rank) whose batches hold NaN.
+        poison: (epoch, rank) whose last batch holds NaN.
         value: of the inputs.
         dies_in: the epoch, from 1, at whose end it is interrupted.
     """
@@ -238,9 +238,10 @@ class ScriptedTask(TrainTask):
 
     def batches(self, epoch: int, context: PlainContext) -> Iterator[Numbers]:  # type: ignore[override]
         self.epoch = epoch
-        poisoned = self.poison == (epoch, context.rank)
-        inputs = torch.full((4, 1), float("nan") if poisoned else self.value)
-        for _ in range(self.steps):
+        for step in range(self.steps):
+            # Only the last, before NaN gradients have spread to the other workers' losses.
+            poisoned = self.poison == (epoch, context.rank) and step == self.steps - 1
+            inputs = torch.full((4, 1), float("nan") if poisoned else self.value)
             yield Numbers(inputs, torch.zeros(4, dtype=torch.long), epoch)
 
     def validate(self, context: PlainContext) -> dict[str, float]:  # type: ignore[override]

@@ -2,9 +2,11 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 
 import ray
+from ray._private import ray_constants
 
 from tmkd_ray.config import ClusterConfig
 
@@ -19,17 +21,48 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
         yield
         return
     in_job = "RAY_ADDRESS" in os.environ or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    quiet = {"logging_level": "error", "log_to_driver": False}
     if in_job or config.address is not None:
-        ray.init(address=config.address or "auto", **quiet)
+        with _native_stderr_closed():
+            ray.init(address=config.address or "auto", logging_level="error", log_to_driver=False)
     else:
         # Ray Data's own tasks need a CPU beside the actors: on few cores, count more than there are.
         cpus = config.num_cpus or max(4, 2 * (os.cpu_count() or 1))
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+        start_local_ray(cpus)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def start_local_ray(num_cpus: int) -> None:
+    """Start a Ray of our own that listens on loopback alone, and connect to it."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nobody else can reach it; else a token file is written
+    # Ray has no option for this; off Linux it is the default. The variable is for the processes it starts, the
+    # constant for this one, which has read the variable already.
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    with _native_stderr_closed():
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            logging_level="error",
+            log_to_driver=False,
+        )
+
+
+@contextlib.contextmanager
+def _native_stderr_closed() -> Iterator[None]:
+    """Drop what Ray's native code prints while it starts: that it has read its log level. Failures raise."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def num_gpus() -> float:

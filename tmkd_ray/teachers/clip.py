@@ -93,8 +93,8 @@ class ClipTeacher(nn.Module):
         vocabulary = model.config.text_config.vocab_size
         if not len(set(tokenizer.all_special_ids)) < len(tokenizer) <= vocabulary:
             raise UserError(
-                f"teacher.text.model: {name_or_folder!r}: its tokenizer has {len(tokenizer)} tokens, its text tower "
-                f"{vocabulary}; is its own tokenizer.json, or vocab.json and merges.txt, there?"
+                f"teacher.text.model: the tokenizer of {name_or_folder!r} has {len(tokenizer)} tokens, its "
+                f"text tower {vocabulary}; is its own tokenizer.json, or vocab.json and merges.txt, there?"
             )
         size = model.config.vision_config.image_size
         teacher = cls(model, tokenizer, size, tuple(processor.image_mean), tuple(processor.image_std))
@@ -203,7 +203,7 @@ class ClipTeacher(nn.Module):
         """Return float32 [texts, E], unit length."""
         return F.normalize(_tensor(self.model.get_text_features(**tokens)).float(), dim=1)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def text_bank(self, prompts: Sequence[Sequence[str]], class_names: Sequence[str]) -> Tensor:
         """Return the text bank [V, C, E]: mean over a view's prompts of unit embeddings, unit length.
 
@@ -220,7 +220,7 @@ class ClipTeacher(nn.Module):
                     tokens = {k: v.to(device) for k, v in self.tokenize(texts).items()}
                     sums_CE[start : start + 256] += self.encode_texts(tokens)
             bank.append(F.normalize(sums_CE, dim=1))
-        return torch.stack(bank).clone()
+        return torch.stack(bank)
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary_size: int) -> Any:

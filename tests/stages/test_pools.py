@@ -1,0 +1,46 @@
+"""How actor pools ask for the cluster's resources."""
+
+import pytest
+
+from tmkd_ray.config import PoolConfig, TeacherPoolConfig
+from tmkd_ray.stages import knowledge
+
+
+@pytest.mark.parametrize(
+    ("gpus", "pools", "share"),
+    [
+        (0, [{}, {}], 0.0),
+        (1, [{}, {}], 0.5),
+        (1, [{}], 1.0),
+        (2, [{}, {}], 1.0),
+        (8, [{}, {}], 1.0),
+        (1, [{"min_size": 2, "max_size": 2}, {}], 0.33),
+        (2, [{"num_gpus": 1.0}, {}], 1.0),
+        (1, [{"num_gpus": 0.25}, {}], 0.75),
+        (1, [{"num_gpus": 1.0}, {}], 0.0),
+    ],
+)
+def test_actors_that_do_not_say_share_what_gpus_are_left(monkeypatch, gpus, pools, share):
+    monkeypatch.setattr(knowledge, "num_gpus", lambda: float(gpus))
+    configs = [TeacherPoolConfig(**pool) for pool in pools]
+    assert knowledge._gpu_share(configs) == pytest.approx(share)
+    # All pools at their smallest fit the cluster together, else the job would wait for ever.
+    asked = sum(pool.min_size * (share if pool.num_gpus is None else pool.num_gpus) for pool in configs)
+    assert asked <= gpus
+
+
+def test_each_pool_has_its_own_size_and_share():
+    options = knowledge._pool(PoolConfig(min_size=2, max_size=5, num_cpus=3), 0.25)
+    assert (options["compute"].min_size, options["compute"].max_size) == (2, 5)
+    assert (options["num_cpus"], options["num_gpus"]) == (3, 0.25)
+    assert knowledge._pool(PoolConfig(), 0.0)["num_gpus"] is None
+
+
+def test_large_images_make_small_shards():
+    from tmkd_ray.config_reading import read_config
+
+    small = read_config(None, ["dataset=digits", "knowledge.num_variants=1", "knowledge.shard_rows=500"])
+    assert knowledge._shard_rows(small) == 500
+    large = read_config(None, ["dataset=digits", "dataset.image_size=224", "knowledge.num_variants=2"])
+    rows = knowledge._shard_rows(large)
+    assert rows * 2 * 3 * 224 * 224 * 3 <= 64 * 2**20 < (rows + 1) * 2 * 3 * 224 * 224 * 3
