@@ -189,6 +189,10 @@ def test_a_key_like_no_other_lists_the_valid_ones():
         ),
         ({"knowledge": {"views": {"min_size": 5}}}, "knowledge.views.max_size: 2 is below min_size 5"),
         ({"knowledge": {"text": {"num_gpus": -1}}}, "knowledge.text.num_gpus: must be at least 0 (given: -1)"),
+        (
+            {"knowledge": {"views": {"num_cpus": math.inf}}},
+            "knowledge.views.num_cpus: expected a finite number (given: inf)",
+        ),
         ({"seeds": []}, "seeds: give at least one seed, each once"),
         ({"seeds": [1, 2, 1]}, "seeds: give at least one seed, each once"),
         ({"seeds": [1, -2]}, "seeds.1: must be at least 0 (given: -2)"),

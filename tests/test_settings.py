@@ -1,7 +1,7 @@
 """Settings: strict, frozen sections, and their errors in words."""
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -39,6 +39,7 @@ class Outer(Settings):
     inner: Inner = Field(default_factory=Inner)
     maybe: Inner | None = None
     table: dict[str, Inner] = Field(default_factory=dict)
+    noted: dict[str, Annotated[Inner, "a note"]] = Field(default_factory=dict)
 
 
 def problems(section: type[Settings] = Outer, /, **given: Any) -> list[str]:
@@ -95,6 +96,7 @@ def problems(section: type[Settings] = Outer, /, **given: Any) -> list[str]:
         ({"inner": {"siez": 3}}, "inner.siez: unknown key; did you mean 'size'?"),
         ({"maybe": {"siez": 3}}, "maybe.siez: unknown key; did you mean 'size'?"),
         ({"table": {"a": {"siez": 3}}}, "table.a.siez: unknown key; did you mean 'size'?"),
+        ({"noted": {"a": {"siez": 3}}}, "noted.a.siez: unknown key; did you mean 'size'?"),
         ({"inner": {"zzz": 3}}, "inner.zzz: unknown key; valid keys: mode, size"),
         ({3: 4}, "3: a key must be text; write it in quotes"),
         ({None: 4}, "null: a key must be text; write it in quotes"),

@@ -7,7 +7,6 @@ import torch
 
 from tmkd_ray import storage
 from tmkd_ray.datasets.decode import load_images
-from tmkd_ray.errors import UserError
 from tmkd_ray.models import build_model
 from tmkd_ray.stages.experiment import Experiment, identity_key, training_identity
 from tmkd_ray.stages.training import Outcome, TrainingJob, run_jobs
@@ -117,8 +116,6 @@ def clip_job(experiment: Experiment) -> TrainingJob:
     """Describe the fitting of CLIP."""
     text = experiment.config.teacher.text
     assert text is not None
-    if text.fit.labels_per_class is not None:
-        raise UserError("teacher.text.fit.labels_per_class: only students are trained on few labels")
     key = identity_key(
         "clip",
         text.architecture.model_dump(mode="json"),
