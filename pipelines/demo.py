@@ -1,4 +1,4 @@
-"""Entry point for `ray job submit -- python pipelines/demo.py --config FILE …`: the command `tmkd demo`."""
+"""The command `tmkd demo`, for `ray job submit -- python pipelines/demo.py --config FILE …`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Entry point for `ray job submit -- python pipelines/distill.py --config FILE …`: the command `tmkd distill`."""
+"""The command `tmkd distill`, for `ray job submit -- python pipelines/distill.py --config FILE …`."""
 
 import sys
 

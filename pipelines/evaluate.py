@@ -1,4 +1,4 @@
-"""Entry point for `ray job submit -- python pipelines/evaluate.py --config FILE …`: the command `tmkd evaluate`."""
+"""The command `tmkd evaluate`, for `ray job submit -- python pipelines/evaluate.py --config FILE …`."""
 
 import sys
 

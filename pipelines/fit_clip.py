@@ -1,4 +1,4 @@
-"""Entry point for `ray job submit -- python pipelines/fit_clip.py --config FILE …`: the command `tmkd fit-clip`."""
+"""The command `tmkd fit-clip`, for `ray job submit -- python pipelines/fit_clip.py --config FILE …`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Entry point for `ray job submit -- python pipelines/fit_teacher.py --config FILE …`: the command `tmkd fit-teacher`."""
+"""The command `tmkd fit-teacher`, for `ray job submit -- python pipelines/fit_teacher.py --config FILE …`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Entry point for `ray job submit -- python pipelines/knowledge.py --config FILE …`: the command `tmkd knowledge`."""
+"""The command `tmkd knowledge`, for `ray job submit -- python pipelines/knowledge.py --config FILE …`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Entry point for `ray job submit -- python pipelines/run.py --config FILE …`: the command `tmkd run`."""
+"""The command `tmkd run`, for `ray job submit -- python pipelines/run.py --config FILE …`."""
 
 import sys
 

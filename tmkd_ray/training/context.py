@@ -22,7 +22,7 @@ class WorkerContext(ABC):
 
     @abstractmethod
     def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
-        """Hand over metrics and, on rank 0, a folder to keep. Every rank calls it whenever a checkpoint is due."""
+        """Hand over metrics and, on rank 0, a folder to keep. All ranks call it when a checkpoint is due."""
 
     @abstractmethod
     def latest_checkpoint(self) -> contextlib.AbstractContextManager[Path | None]:
