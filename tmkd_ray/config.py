@@ -142,7 +142,7 @@ class ClipArchitecture(Settings):
     text_width: int = Field(default=64, ge=8)
     text_layers: int = Field(default=2, ge=1)
     head_width: int = Field(default=32, ge=4)
-    vocabulary_size: int = Field(default=1024, ge=64)
+    vocabulary_size: int = Field(default=1024, ge=514, description="at least every byte's two tokens")
 
     @model_validator(mode="after")
     def _divisible(self) -> "ClipArchitecture":

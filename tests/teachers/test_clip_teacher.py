@@ -198,6 +198,12 @@ def test_fingerprints() -> None:
         assert other.fingerprint() == image
         assert other.text_fingerprint() != text
     assert build(mean=(0.5, 0.5, 0.5)).fingerprint() != image
+    other = build()
+    other.tokenizer.add_tokens(["<new>"])
+    assert (other.fingerprint() == image, other.text_fingerprint() == text) == (True, False)
+    with torch.no_grad():
+        other.model.logit_scale += 1
+    assert other.fingerprint() == image
 
 
 def test_temperature() -> None:

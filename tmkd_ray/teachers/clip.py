@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -171,15 +172,16 @@ class ClipTeacher(nn.Module):
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the weights and preprocessing that the image embeddings depend on."""
-        state = {k: v for k, v in self.model.state_dict().items() if not k.startswith("text")}
+        state = {k: v for k, v in self.model.state_dict().items() if not k.startswith(("text", "logit"))}
         state["preprocessing"] = torch.tensor([self.image_size, *self.mean, *self.std])
         return weights_fingerprint(state)
 
     def text_fingerprint(self) -> str:
-        """Return the SHA-256 of the text tower's weights."""
-        return weights_fingerprint(
-            {k: v for k, v in self.model.state_dict().items() if k.startswith(("text", "logit"))}
-        )
+        """Return the SHA-256 of the text tower's weights and the tokenizer's vocabulary."""
+        state = {k: v for k, v in self.model.state_dict().items() if k.startswith(("text", "logit"))}
+        vocabulary = json.dumps(self.tokenizer.get_vocab(), sort_keys=True).encode()
+        state["vocabulary"] = torch.frombuffer(bytearray(vocabulary), dtype=torch.uint8)
+        return weights_fingerprint(state)
 
     def encode_images(self, images_BHWC: Tensor) -> Tensor:
         """Return float32 [B, E], unit length, of uint8 images (resized to the model's input size)."""
