@@ -8,7 +8,8 @@ from tmkd_ray.distillers import DistillationSpec
 from tmkd_ray.types import ModelOutput, TeacherOutput
 
 BATCH, VIEWS, CLASSES, TEACHER_WIDTH, STUDENT_WIDTH, CLIP_WIDTH = 4, 3, 5, 6, 7, 8
-SPEC = DistillationSpec(CLASSES, STUDENT_WIDTH, TEACHER_WIDTH, CLIP_WIDTH)
+NUM_SAMPLES = 9
+SPEC = DistillationSpec(CLASSES, STUDENT_WIDTH, TEACHER_WIDTH, CLIP_WIDTH, NUM_SAMPLES)
 LABELS = torch.tensor([0, 3, 3, 4])
 
 

@@ -223,8 +223,9 @@ def test_a_key_like_no_other_lists_the_valid_ones():
             "methods.a.strategy.temperature: must be above 0 (given: 0)",
         ),
         (
-            {"methods": {"a": {"strategy": "fitnet"}}},
-            "methods.a.strategy: unknown distillation strategy 'fitnet'. Choices: dkd, feature_mse, kd",
+            {"methods": {"a": {"strategy": "osmosis"}}},
+            "methods.a.strategy: unknown distillation strategy 'osmosis'. "
+            f"Choices: {', '.join(STRATEGIES.names())}",
         ),
         ({"name": 3}, "name: expected text (given: 3); write it in quotes"),
         (

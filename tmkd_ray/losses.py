@@ -32,6 +32,16 @@ def info_nce(logits_BN: Tensor, targets_B: Tensor) -> Tensor:
     return F.cross_entropy(logits_BN.float(), targets_B)
 
 
+def standardize(logits_BC: Tensor) -> Tensor:
+    """Return the z-scores of each row: zero mean, unit (population) standard deviation.
+
+    The same for logits of any scale and shift; no entry is larger than √(C-1).
+    Source: Sun et al. 2024, "Logit standardization in knowledge distillation", CVPR, arXiv 2403.01427.
+    """
+    # Layer normalisation is the z-score; eps only keeps the gradient of a row without any spread finite.
+    return F.layer_norm(logits_BC.float(), logits_BC.shape[1:], eps=1e-6)
+
+
 def gather_from_workers(tensor_B: Tensor) -> tuple[Tensor, int]:
     """Concatenate a tensor over all DDP workers, in the order of their ranks; no gradient flows back.
 
@@ -44,3 +54,18 @@ def gather_from_workers(tensor_B: Tensor) -> tuple[Tensor, int]:
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, own)
     return torch.cat(parts), dist.get_rank() * len(tensor_B)
+
+
+def gather_with_gradient(tensor_B: Tensor) -> Tensor:
+    """Concatenate a tensor over all DDP workers, in the order of their ranks, with gradients to the own rows.
+
+    For losses that mix the samples of the global batch: every worker computes the loss of the whole batch and
+    adds the gradient by its own rows. The whole gradient is the sum of these parts, but DDP takes their mean:
+    so each is multiplied by the number of workers, which then learn exactly what one would from the same batch.
+    """
+    gathered, start = gather_from_workers(tensor_B)
+    if len(gathered) == len(tensor_B):
+        return tensor_B
+    own = tensor_B.detach()
+    own = own + len(gathered) // len(tensor_B) * (tensor_B - own)  # the same values, the gradient multiplied
+    return torch.cat([gathered[:start], own, gathered[start + len(tensor_B) :]])

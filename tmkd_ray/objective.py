@@ -186,6 +186,11 @@ class Distiller(nn.Module):
         weighted = [getattr(config, f"{name}_weight") * value for name, value in terms.items()]
         return LossOutput(torch.stack(weighted).sum(), terms | parts)
 
+    def after_step(self, sample_indices_B: Tensor) -> None:
+        """Let the strategy update state that no gradient trains, see `Strategy.after_step`."""
+        if self.strategy is not None:
+            self.strategy.after_step(sample_indices_B)
+
     def _text_term(self, student: ModelOutput, teacher: TeacherOutput) -> Tensor:
         assert teacher.text_logits is not None
         # q is already at CLIP's temperature; only the student's logits are softened.

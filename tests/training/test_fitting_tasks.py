@@ -34,6 +34,8 @@ from tmkd_ray.training.loader import epoch_order
 from tmkd_ray.types import TaskSpec
 from tmkd_ray.views.base import ImageBatch, View
 
+pytestmark = pytest.mark.timeout(60)  # a thread that does not end would hang the suite
+
 CPU = torch.device("cpu")
 SEED = 6
 

@@ -1,6 +1,7 @@
 """Small things to train, and workers to train them on."""
 
 import contextlib
+import datetime
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -302,7 +303,13 @@ def spawn(scenario: Callable[..., Any], folder: Path, world_size: int = 2) -> li
 
 def _worker(rank: int, world_size: int, scenario: Callable[..., Any], folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    dist.init_process_group(
+        "gloo",
+        f"file://{folder}/rendezvous",
+        timeout=datetime.timedelta(seconds=60),
+        rank=rank,
+        world_size=world_size,
+    )
     torch.save(scenario(folder), folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -6,11 +6,11 @@ from pydantic import Field
 from torch import Tensor
 
 from tmkd_ray.distillers import STRATEGIES
-from tmkd_ray.distillers.base import DistillationSpec, Strategy, StrategyConfig
-from tmkd_ray.types import LossOutput, ModelOutput, TeacherOutput
+from tmkd_ray.distillers.base import DistillationSpec, LogitStrategy, LogitStrategyConfig
+from tmkd_ray.types import LossOutput
 
 
-class DKDConfig(StrategyConfig):
+class DKDConfig(LogitStrategyConfig):
     """The paper's CIFAR-100 values; beta is set per teacher there."""
 
     name: str = "dkd"
@@ -49,17 +49,16 @@ def decoupled_kl(
 
 
 @STRATEGIES.register("dkd")
-class DKD(Strategy):
+class DKD(LogitStrategy):
     """`alpha TCKD + beta NCKD`."""
 
     Config = DKDConfig
-    requires = frozenset({"logits"})
 
     def __init__(self, config: DKDConfig, spec: DistillationSpec) -> None:
         super().__init__(config, spec)
         self.config = config
 
-    def forward(self, student: ModelOutput, teacher: TeacherOutput, labels_B: Tensor) -> LossOutput:
-        tckd, nckd = decoupled_kl(teacher.logits, student.logits, labels_B, self.config.temperature)
+    def compare(self, student_BC: Tensor, teacher_BC: Tensor, labels_B: Tensor) -> LossOutput:
+        tckd, nckd = decoupled_kl(teacher_BC, student_BC, labels_B, self.config.temperature)
         loss = self.config.target_weight * tckd + self.config.non_target_weight * nckd
         return LossOutput(loss, {"tckd": tckd, "nckd": nckd})

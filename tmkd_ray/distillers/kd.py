@@ -4,12 +4,12 @@ from pydantic import Field
 from torch import Tensor
 
 from tmkd_ray.distillers import STRATEGIES
-from tmkd_ray.distillers.base import DistillationSpec, Strategy, StrategyConfig
+from tmkd_ray.distillers.base import DistillationSpec, LogitStrategy, LogitStrategyConfig
 from tmkd_ray.losses import kl_divergence
-from tmkd_ray.types import LossOutput, ModelOutput, TeacherOutput
+from tmkd_ray.types import LossOutput
 
 
-class KDConfig(StrategyConfig):
+class KDConfig(LogitStrategyConfig):
     """Temperature 4 is what the field uses on CIFAR-100."""
 
     name: str = "kd"
@@ -17,15 +17,14 @@ class KDConfig(StrategyConfig):
 
 
 @STRATEGIES.register("kd")
-class KD(Strategy):
+class KD(LogitStrategy):
     """`T² KL(softmax(z_T / T) ‖ softmax(z_S / T))`, averaged over the batch."""
 
     Config = KDConfig
-    requires = frozenset({"logits"})
 
     def __init__(self, config: KDConfig, spec: DistillationSpec) -> None:
         super().__init__(config, spec)
         self.temperature = config.temperature
 
-    def forward(self, student: ModelOutput, teacher: TeacherOutput, labels_B: Tensor) -> LossOutput:
-        return LossOutput(kl_divergence(teacher.logits, student.logits, self.temperature))
+    def compare(self, student_BC: Tensor, teacher_BC: Tensor, labels_B: Tensor) -> LossOutput:
+        return LossOutput(kl_divergence(teacher_BC, student_BC, self.temperature))

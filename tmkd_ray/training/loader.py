@@ -50,12 +50,13 @@ class Batch:
     """What a training step sees.
 
     Attributes:
-        images: uint8 [B, 3, H, W]. labels: int64 [B].
+        images: uint8 [B, 3, H, W]. labels: int64 [B]. indices: int64 [B], positions in the training set.
         knowledge: of the same pixels; None when no teacher takes part.
     """
 
     images: Tensor
     labels: Tensor
+    indices: Tensor
     knowledge: Knowledge | None
 
 
@@ -109,7 +110,7 @@ class ResidentKnowledge:
             variants_B = (epoch + self.offsets[rows_B]) % self.num_variants
             parameters_BP = self.parameters[rows_B, variants_B] if fresh_NP is None else fresh_NP[rows_B]
             images = apply_crop_torch(self.images[rows_B], parameters_BP)
-            yield Batch(images, self.labels[rows_B], self._knowledge(rows_B, variants_B))
+            yield Batch(images, self.labels[rows_B], rows_B, self._knowledge(rows_B, variants_B))
 
     def _knowledge(self, rows_B: Tensor, variants_B: Tensor) -> Knowledge | None:
         if self.feature is None:
