@@ -168,3 +168,30 @@ def test_an_object_store(object_store: str, tmp_path: Path) -> None:
         storage.read_bytes("store://folder/other")
     with pytest.raises(UserError, match="cannot write store://folder/file/below: "):
         storage.write_bytes("store://folder/file/below", b"")
+
+
+def test_a_local_copy_of_a_uri_is_read_and_goes(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_bytes(b"{}")
+    (folder / "weights.bin").write_bytes(b"\x00" * 100)
+    (folder / "checkpoints").mkdir()
+    with storage.local_copy(f"file://{folder}") as local:
+        copy = Path(local)
+        assert copy != folder
+        assert copy.name == "model"
+        assert {file.name: file.read_bytes() for file in copy.iterdir()} == {
+            "config.json": b"{}",
+            "weights.bin": b"\x00" * 100,
+        }
+    assert not copy.exists()
+    with storage.local_copy(f"file://{folder / 'weights.bin'}") as local:
+        assert Path(local).read_bytes() == b"\x00" * 100
+        assert local.endswith("weights.bin")
+    with pytest.raises(UserError, match="nothing"), storage.local_copy(f"file://{tmp_path}/nothing"):
+        pass
+
+
+def test_a_local_path_needs_no_copy(tmp_path: Path) -> None:
+    with storage.local_copy(str(tmp_path / "anything")) as local:
+        assert local == str(tmp_path / "anything")

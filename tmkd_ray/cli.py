@@ -118,6 +118,7 @@ def _fit_teacher(config: ExperimentConfig, options: argparse.Namespace) -> None:
     experiment = open_experiment(config)
     check_visual_teacher(experiment)
     with ray_session(config.cluster):
+        experiment.save_config()
         fitted = fit_teacher(experiment)
     assert fitted.outcome is not None
     print(f"{fitted.path}\nvalidation accuracy {100 * fitted.outcome.validation_accuracy:.2f} %")
@@ -132,6 +133,7 @@ def _fit_clip(config: ExperimentConfig, options: argparse.Namespace) -> None:
         raise UserError("teacher.text names a model or is null: nothing to fit; set teacher.text.model to null")
     experiment = open_experiment(config)
     with ray_session(config.cluster):
+        experiment.save_config()
         fitted = fit_clip(experiment)
     assert fitted is not None
     assert fitted.outcome is not None
@@ -152,6 +154,7 @@ def _knowledge(config: ExperimentConfig, options: argparse.Namespace) -> None:
     check_visual_teacher(experiment)
     check_text_teacher(experiment)
     with ray_session(config.cluster):
+        experiment.save_config()
         result = compute_knowledge(experiment, fit_teacher(experiment), fit_clip(experiment))
     manifest = result.manifest
     print(
@@ -170,6 +173,7 @@ def _distill(config: ExperimentConfig, options: argparse.Namespace) -> None:
     check_student(experiment)
     student_jobs(experiment)  # refuses a store that is missing or lacks what a method needs
     with ray_session(config.cluster):
+        experiment.save_config()
         students = distill(experiment)
     for student in students:
         print(

@@ -41,7 +41,8 @@ def _distinct(values: tuple[Any, ...]) -> bool:
 class TrainingConfig(Settings, allow_inf_nan=False):
     """How one network is trained: the student, the visual teacher, or CLIP.
 
-    `batch_size` is global: it is divided among the workers, so that their number changes nothing else.
+    `batch_size` is global: it is divided among the workers, so that their number changes neither batch nor
+    schedule (batch normalisation, though, sees each worker's part).
     """
 
     epochs: int = Field(default=20, ge=1)

@@ -257,6 +257,7 @@ class KnowledgeRecord(Settings):
         images_per_second: image variants a second, all actors together.
         reused: the store was there already and nothing was computed.
         stage_seconds: time in each step, summed over the actors, where it was measured.
+        fingerprint: what the content depends on: data, augmentation, views, weights of the teachers.
     """
 
     num_images: Count
@@ -268,6 +269,7 @@ class KnowledgeRecord(Settings):
     images_per_second: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     reused: bool = False
     stage_seconds: dict[str, Seconds] = Field(default_factory=dict)
+    fingerprint: dict[str, JsonValue] = Field(default_factory=dict)
 
 
 class RunResults(Settings):

@@ -1,7 +1,10 @@
 """Files on this machine or in an object store, by one interface."""
 
+import contextlib
 import os
+import tempfile
 import uuid
+from collections.abc import Iterator
 
 import pyarrow as pa
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
@@ -46,6 +49,12 @@ def exists(path: str) -> bool:
     return bool(filesystem.get_file_info(inner).type != FileType.NotFound)
 
 
+def is_folder(path: str) -> bool:
+    """Return whether there is a folder at `path`."""
+    filesystem, inner = open_filesystem(path)
+    return bool(filesystem.get_file_info(inner).type == FileType.Directory)
+
+
 def list_names(path: str) -> list[str]:
     """Return the names of the files and folders directly in a folder, sorted; none if it does not exist."""
     filesystem, inner = open_filesystem(path)
@@ -66,6 +75,36 @@ def read_bytes(path: str) -> bytes:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error}") from error
     return content
+
+
+@contextlib.contextmanager
+def local_copy(path: str) -> Iterator[str]:
+    """Yield a local path of a file, or of a folder of files, for readers that know no URIs.
+
+    A local path is yielded as it is (`~` expanded), whether there is anything or not; the file, or the files
+    directly in the folder, behind a URI are copied to a temporary folder, which ends with the block.
+
+    Raises:
+        UserError: there is nothing at the URI, or it cannot be read.
+    """
+    if "://" not in path:
+        yield os.path.expanduser(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="tmkd-") as folder:
+        target = os.path.join(folder, path.rstrip("/").rsplit("/", 1)[-1])
+        if is_folder(path):
+            os.mkdir(target)
+            for name in list_names(path):
+                if not is_folder(join(path, name)):
+                    _copy(join(path, name), os.path.join(target, name))
+        else:
+            _copy(path, target)
+        yield target
+
+
+def _copy(path: str, target: str) -> None:
+    with open(target, "wb") as file:
+        file.write(read_bytes(path))
 
 
 def write_bytes(path: str, content: bytes) -> None:

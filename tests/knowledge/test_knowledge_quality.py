@@ -95,7 +95,7 @@ def test_with_clip(weighting: Weighting, arrays: KnowledgeArrays, constants: Tea
     assert set(quality.fused) == {"uniform", "semantic", "oracle"}
     assert quality.fused["semantic"] == pytest.approx((semantic == arrays.labels).mean())
     zero_shot = {name: (similarity_NVC[:, v].argmax(1) == arrays.labels).mean() for v, name in enumerate(VIEWS)}
-    fused = np.einsum("nv,nvc->nc", weight_NV, similarity_NVC).argmax(1)
+    fused = similarity_NVC.mean(1).argmax(1)  # uniform weights: zero-shot is not told the label
     zero_shot["fused"] = (fused == arrays.labels).mean()
     assert quality.zero_shot == pytest.approx(zero_shot)
     assert len(set(zero_shot.values())) > 2
@@ -145,3 +145,16 @@ def test_of_a_real_store(with_clip: bool, chain: Chain, store: KnowledgeStore, t
         expected = (logits.argmax(2) == arrays.labels[:, None]).mean(0)
         assert list(quality.views.values()) == pytest.approx(expected.tolist())
         assert ("semantic" in quality.fused) == with_clip
+
+
+def test_views_left_out_of_the_fusion_weigh_nothing(
+    arrays: KnowledgeArrays, constants: TeacherConstants
+) -> None:
+    whole = measure_quality(arrays, constants, "label", FUSION_TEMPERATURE, None)
+    part = measure_quality(arrays, constants, "label", FUSION_TEMPERATURE, None, VIEWS[1:])
+    assert (part.views, part.fused["oracle"]) == (whole.views, whole.fused["oracle"])
+    uniform = (view_logits(arrays, constants)[:, 1:].mean(1).argmax(1) == arrays.labels).mean()
+    assert part.fused["uniform"] == pytest.approx(uniform)
+    weights_CV = np.array(part.weights_per_class)[: C - 1]
+    assert (weights_CV[:, 0] == 0).all()
+    np.testing.assert_allclose(weights_CV.sum(1), 1.0, atol=1e-6)

@@ -100,6 +100,23 @@ def test_a_store_of_another_configuration_is_refused_by_name(tiny_run, capsys):
     assert "views.edge.strength: store 0.15, config 0.5" in said
 
 
+def test_students_are_not_trained_on_a_store_of_another_configuration(tiny_run, capsys):
+    assert main(["distill", *TINY, f"output={tiny_run}", "knowledge.num_variants=3"]) == 2
+    assert "augmentation.num_variants: store 2, config 3" in capsys.readouterr().err
+
+
+def test_a_teacher_that_returns_nan_is_an_error_for_people(ray_cluster, tmp_path, capsys):
+    model = build_model("resnet8", TaskSpec(tuple("0123456789"), 32))
+    with torch.no_grad():
+        model.bn1.weight.fill_(float("nan"))
+    torch.save(model.state_dict(), tmp_path / "nan.pth")
+    options = [*TINY, f"output={tmp_path}", "distiller=kd", "methods={}", "teacher.text=null"]
+    assert main(["knowledge", *options, f"teacher.visual.checkpoint={tmp_path / 'nan.pth'}"]) == 2
+    said = capsys.readouterr().err
+    assert "error: the visual teacher returned NaN or infinite features" in said
+    assert "Traceback" not in said
+
+
 def test_the_store_is_that_of_a_plain_loop_byte_for_byte(tiny_run, tmp_path):
     from tmkd_ray.config_reading import read_config
     from tmkd_ray.knowledge.compute import plan_shards
@@ -183,6 +200,12 @@ def test_unreadable_images_are_set_aside_and_listed(ray_cluster, tmp_path, capsy
     assert [entry.id for entry in results.dataset.set_aside] == ["train/dog/99.png"]
     assert results.dataset.num_train + results.dataset.num_validation == 24
     assert results.clip is None
+
+    names = tmp_path / "names.json"
+    names.write_text('{"cat": "kitten", "dog": "puppy"}')
+    assert main(["knowledge", *options, f"dataset.class_names={names}"]) == 0
+    store = KnowledgeStore(str(tmp_path / "runs" / "tiny" / "knowledge"))
+    assert store.manifest().class_names == ("kitten", "puppy")
 
 
 def test_a_diverged_training_is_an_error_for_people(tiny_run, capsys):

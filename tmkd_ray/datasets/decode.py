@@ -10,6 +10,7 @@ differs between x86 and ARM). Embedded colour profiles are not applied.
 import io
 import os
 import struct
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -39,6 +40,15 @@ class SetAside:
 
     id: str
     reason: str
+
+
+def list_set_aside(what: str, entries: Sequence[SetAside], most: int = 10) -> tuple[str, ...]:
+    """Return lines that list unreadable images to the user; none where there are none."""
+    if not entries:
+        return ()
+    lines = [f"{what}: {len(entries)} unreadable images were set aside:"]
+    lines += [f"  {entry.id}: {entry.reason}" for entry in entries[:most]]
+    return (*lines, f"  … and {len(entries) - most} more") if len(entries) > most else tuple(lines)
 
 
 @dataclass

@@ -16,11 +16,11 @@ class TeacherQuality:
     Attributes:
         views: of each view alone.
         fused: `uniform` and `semantic` weights, and `oracle`: any view is right.
-        zero_shot: of CLIP on each view, and `fused` over them; empty without CLIP.
+        zero_shot: of CLIP on each view, and `fused` over them with uniform weights; empty without CLIP.
         weights_per_class: [C][V], mean semantic weight of each view over the images of a class.
 
     With the weightings `label` and `margin` the semantic weights look at the label, as they do when the
-    student is taught, so `semantic` and the fused `zero_shot` flatter the teacher on images without one.
+    student is taught, so `semantic` flatters the teacher on images without one.
     """
 
     views: dict[str, float]
@@ -36,9 +36,15 @@ def measure_quality(
     weighting: Weighting,
     fusion_temperature: float,
     clip_temperature: float | None,
+    fused_views: tuple[str, ...] | None = None,
 ) -> TeacherQuality:
-    """Measure the teachers on the first variant of every image of `arrays`."""
+    """Measure the teachers on the first variant of every image of `arrays`.
+
+    Args:
+        fused_views: those that are fused; None for all.
+    """
     names = constants.view_names
+    fused_views = fused_views or names
     labels_N = torch.from_numpy(arrays.labels.copy())
     feature_NVD = torch.from_numpy(arrays.feature[:, 0].astype("float32"))
     clip_NVE = None
@@ -60,14 +66,14 @@ def measure_quality(
         right_N |= output.logits.argmax(1) == labels_N
         if output.text_logits is not None:
             zero_shot[name] = accuracy(output.text_logits)
-    fused = {"uniform": accuracy(signal(names, "uniform")(knowledge, labels_N).logits)}
-    weights_NV = torch.full((len(labels_N), len(names)), 1.0 / len(names))
-    if clip_NVE is not None:
-        output = signal(names, weighting)(knowledge, labels_N)
-        fused["semantic"] = accuracy(output.logits)
-        assert output.text_logits is not None
+    output = signal(fused_views, "uniform")(knowledge, labels_N)
+    fused = {"uniform": accuracy(output.logits)}
+    if output.text_logits is not None:
         zero_shot["fused"] = accuracy(output.text_logits)
-        weights_NV = output.view_weights
+        output = signal(fused_views, weighting)(knowledge, labels_N)
+        fused["semantic"] = accuracy(output.logits)
+    weights_NV = torch.zeros(len(labels_N), len(names))
+    weights_NV[:, [names.index(view) for view in fused_views]] = output.view_weights
     fused["oracle"] = right_N.float().mean().item()
 
     num_classes = len(constants.head_weight)

@@ -105,7 +105,7 @@ class KnowledgeStore:
             KnowledgeMismatchError: it holds another configuration's knowledge.
         """
         stored = self.fingerprint()
-        if stored is None:
+        if stored is None or not self.committed():
             storage.write_bytes(self._at("fingerprint.json"), _json(fingerprint))
         else:
             check_match(stored, fingerprint, self.path)

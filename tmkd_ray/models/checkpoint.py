@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from tmkd_ray import storage
 from tmkd_ray.errors import UserError
 from tmkd_ray.models.base import ImageClassifier
 
@@ -82,14 +83,19 @@ def load_checkpoint(model: ImageClassifier, path: str) -> None:
 
 
 def _read(path: str) -> Any:
-    if not os.path.isfile(path):
+    with storage.local_copy(path) as local:
+        return _read_local(local, path)
+
+
+def _read_local(local: str, path: str) -> Any:
+    if not os.path.isfile(local):
         raise UserError(
             f"checkpoint {path!r} is not a file; give the path of a .pth, .pt, .tar or .safetensors file"
         )
     try:
         if path.endswith(".safetensors"):
-            return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+            return safetensors.torch.load_file(local)
+        return torch.load(local, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file makes the readers raise anything
         reason = str(error).partition("\n")[0]
         raise UserError(

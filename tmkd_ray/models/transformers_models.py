@@ -70,7 +70,7 @@ class TransformersSource:
 
         full_name, path = f"transformers/{name}", os.path.expanduser(name)
         try:
-            config = AutoConfig.from_pretrained(path)
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise UserError(_unavailable(full_name, error)) from error
         _check_classes(full_name, config, task)

@@ -13,7 +13,8 @@ from tmkd_ray.knowledge.store import text_bank_key
 from tmkd_ray.models import build_model
 from tmkd_ray.objective import DistillerConfig
 from tmkd_ray.stages.experiment import Experiment, identity_key, training_identity
-from tmkd_ray.stages.fitting import found_clip
+from tmkd_ray.stages.fitting import found_clip, found_teacher
+from tmkd_ray.stages.knowledge import check_store
 from tmkd_ray.stages.training import Outcome, TrainingJob, run_jobs
 from tmkd_ray.teachers import ClipTeacher
 from tmkd_ray.training.loop import TrainTask
@@ -63,6 +64,7 @@ def student_jobs(experiment: Experiment) -> list[tuple[str, int, TrainingJob]]:
     config = experiment.config
     store = KnowledgeStore(experiment.store_path)
     manifest = store.manifest()
+    check_store(experiment, found_teacher(experiment), found_clip(experiment))
     if manifest.class_names != experiment.task.class_names:
         raise UserError(
             f"the knowledge store at {store.path} is of other classes than the dataset; run `tmkd knowledge`"
@@ -90,7 +92,7 @@ def student_jobs(experiment: Experiment) -> list[tuple[str, int, TrainingJob]]:
                 config.taught_views(distiller) if distiller.teacher != "none" else (),
                 config.augmentation.model_dump(mode="json"),
                 (config.dataset.mean, config.dataset.std),
-                bank,
+                bank if distiller.needs_text_teacher else None,
                 manifest.fingerprint,
             )
             job = TrainingJob(

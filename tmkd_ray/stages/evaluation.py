@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tmkd_ray.datasets.decode import LoadedImages, load_images
+from tmkd_ray.datasets.decode import LoadedImages, list_set_aside, load_images
 from tmkd_ray.errors import UserError
 from tmkd_ray.models import build_model, count_parameters, load_checkpoint
 from tmkd_ray.settings import ImageStatistics
@@ -37,10 +37,8 @@ def split_images(experiment: Experiment, split: str) -> LoadedImages:
         images = load_images(experiment.dataset, "test", experiment.dataset.index("test"))
     else:
         images = load_images(experiment.dataset, "train", experiment.validation)
-    if images.set_aside:
-        say(f"{split}: {len(images.set_aside)} unreadable images were set aside:")
-        for entry in images.set_aside[:10]:
-            say(f"  {entry.id}: {entry.reason}")
+    for line in list_set_aside(split, images.set_aside):
+        say(line)
     return images
 
 

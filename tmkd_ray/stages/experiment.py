@@ -22,8 +22,15 @@ from tmkd_ray.types import TaskSpec
 from tmkd_ray.views import build_view
 from tmkd_ray.views.base import View
 
-_ONLY_WHERE_NOT_WHAT = {"num_workers", "num_cpus_per_worker", "use_gpu", "max_failures", "checkpoint_every"}
-"""Training settings that say where and how safely to run; the result is the same."""
+_ONLY_WHERE_NOT_WHAT = {
+    "num_workers",
+    "num_cpus_per_worker",
+    "use_gpu",
+    "max_failures",
+    "checkpoint_every",
+    "evaluation_batch_size",
+}
+"""Training settings that say where and how safely to run; global batch and schedule stay the same."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +146,8 @@ def check_text_teacher(experiment: Experiment) -> None:
     text = experiment.config.teacher.text
     if text is None or text.model is None:
         return
-    if not os.path.isdir(text.model) and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text.model):
+    is_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text.model)
+    if not is_name and not storage.is_folder(text.model):
         raise UserError(
             f"teacher.text.model: there is no folder {text.model}, and it is no hub name (OWNER/NAME) either"
         )

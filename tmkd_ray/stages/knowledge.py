@@ -1,10 +1,10 @@
 """Compute the knowledge store with Ray Data: CPU actors for views, actor pools for the frozen teachers."""
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
@@ -12,6 +12,7 @@ import torch
 
 from tmkd_ray import augmentation
 from tmkd_ray.config import ExperimentConfig, PoolConfig, TeacherPoolConfig
+from tmkd_ray.datasets.decode import SetAside, list_set_aside
 from tmkd_ray.errors import UserError
 from tmkd_ray.fusion import TeacherConstants
 from tmkd_ray.knowledge import KnowledgeLayout, KnowledgeStore, Manifest, compute
@@ -49,16 +50,23 @@ class KnowledgeResult:
         return self.store.constants(self.text_bank)
 
 
-def check_store(experiment: Experiment) -> None:
-    """Refuse a store of another configuration, as far as can be told before there are teachers.
+def check_store(
+    experiment: Experiment, teacher: Fitted | None = None, clip_fitted: Fitted | None = None
+) -> None:
+    """Refuse a store of another configuration, as far as can be told: without a teacher, all but the teachers.
 
     Raises:
         KnowledgeMismatchError: names every difference.
     """
-    stored = KnowledgeStore(experiment.store_path).fingerprint()
-    if stored is not None:
-        wanted = _without_teachers(experiment)
-        check_match({name: stored.get(name) for name in wanted}, wanted, experiment.store_path)
+    store = KnowledgeStore(experiment.store_path)
+    stored = store.fingerprint()
+    if stored is None or not store.committed():
+        return
+    wanted = _without_teachers(experiment)
+    if teacher is not None:
+        clip = None if clip_fitted is None else ClipTeacher.load(clip_fitted.path)
+        wanted = fingerprint(experiment, load_teacher(experiment, teacher), clip)
+    check_match({name: stored.get(name) for name in wanted}, wanted, experiment.store_path)
 
 
 def compute_knowledge(experiment: Experiment, teacher: Fitted, clip_fitted: Fitted | None) -> KnowledgeResult:
@@ -93,13 +101,15 @@ def compute_knowledge(experiment: Experiment, teacher: Fitted, clip_fitted: Fitt
         _compute_shards(experiment, missing, visual, clip, store, layouts)
     store.write_head(visual.head_weight, visual.head_bias)
     bank = _ensure_text_bank(experiment, store, clip)
-    manifest = store.manifest() if store.is_finished() and not missing else None
-    if manifest is None:
-        manifest = store.finish(experiment.task.class_names, layouts)
+    names = experiment.task.class_names
+    if missing or not store.is_finished() or store.manifest().class_names != names:
+        manifest = store.finish(names, layouts)
     else:
+        manifest = store.manifest()
         say(f"knowledge: the store at {store.path} is whole and matches, reused")
     assert len(manifest.shards) == len(plans), "shards that no plan names"
-    _report_set_aside(manifest)
+    for line in list_set_aside("knowledge", [SetAside(**entry) for entry in manifest.set_aside]):
+        say(line)
     return KnowledgeResult(
         store,
         manifest,
@@ -179,16 +189,6 @@ def _ensure_text_bank(experiment: Experiment, store: KnowledgeStore, clip: ClipT
     return key
 
 
-def _report_set_aside(manifest: Manifest) -> None:
-    entries = manifest.set_aside
-    if entries:
-        say(f"knowledge: {len(entries)} unreadable images were set aside:")
-        for entry in entries[:10]:
-            say(f"  {entry['id']}: {entry['reason']}")
-        if len(entries) > 10:
-            say(f"  … and {len(entries) - 10} more, all in manifest.json")
-
-
 class _VisualActor(VisualStage):
     """A member of the visual teacher's pool; `model` lies in the cluster's object store."""
 
@@ -217,6 +217,7 @@ def _compute_shards(
     context.print_on_execution_start = False
     context.target_max_block_size = None  # a shard is one row and must not be cut
     context.enable_progress_bars = False
+    context.raise_original_map_exception = True  # so that a UserError of an actor arrives as one
 
     dataset = ray.data.from_arrow([plan.to_table() for plan in plans]).map_batches(
         ViewStage,
@@ -250,11 +251,14 @@ def _compute_shards(
     try:
         for row in dataset.iter_rows():
             rate.advance(row["rows"] + row["set_aside"])
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, UserError):
-            raise UserError(str(cause)) from error
-        raise
+    except UserError as error:
+        raise UserError(_first_line(error)) from error
+
+
+def _first_line(error: UserError) -> str:
+    """Return the message that the actor raised, without Ray's traceback around it."""
+    cause = getattr(error, "cause", error)
+    return str(cause)
 
 
 def _pool(pool: PoolConfig, gpus: float) -> dict[str, Any]:
@@ -275,4 +279,8 @@ def _gpu_share(pools: list[TeacherPoolConfig]) -> float:
     asking = sum(pool.min_size for pool in pools if pool.num_gpus is None)
     if available <= 0 or asking == 0:
         return 0.0
-    return float(min(1.0, np.floor(100 * available / asking) / 100))
+    if available < 1:
+        return math.floor(100 * available / asking) / 100
+    # An actor's share lies on one GPU: so many actors a GPU that all of them find a place.
+    per_gpu = math.ceil(asking / math.floor(available))
+    return math.floor(100 / per_gpu) / 100

@@ -15,6 +15,7 @@ from tmkd_ray import __version__, storage
 from tmkd_ray.datasets.splits import few_labels
 from tmkd_ray.fusion import TeachingSignal
 from tmkd_ray.knowledge.quality import TeacherQuality, measure_quality
+from tmkd_ray.objective import DistillerConfig
 from tmkd_ray.report.html import ViewGallery, write_report
 from tmkd_ray.report.table import format_table
 from tmkd_ray.results import (
@@ -37,11 +38,12 @@ from tmkd_ray.types import Knowledge
 
 T = TypeVar("T")
 
-LABELS = {
+_LABELS = {
     "alone": "student alone",
     "kd": "KD, plain teacher",
     "tmkd": "TMKD, text-guided fused teacher",
 }
+"""Of methods that are exactly a preset; others are called by their names."""
 
 
 def run(experiment: Experiment) -> RunResults:
@@ -74,7 +76,6 @@ def run(experiment: Experiment) -> RunResults:
     config = experiment.config
     set_aside = [SetAsideImage(**entry) for entry in knowledge.manifest.set_aside]
     set_aside += [SetAsideImage(id=entry.id, reason=entry.reason) for entry in images.set_aside]
-    labelled = config.training.labels_per_class
     results = RunResults(
         name=config.name,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -82,9 +83,7 @@ def run(experiment: Experiment) -> RunResults:
             name=config.dataset.name,
             class_names=list(experiment.task.class_names),
             num_train=knowledge.manifest.rows("train"),
-            num_labelled_for_students=None
-            if labelled is None
-            else len(few_labels(experiment.train, labelled, config.training.seed)),
+            num_labelled_for_students=_num_labelled(experiment, knowledge),
             num_validation=knowledge.manifest.rows("validation"),
             num_test=len(images.labels),
             image_size=config.dataset.image_size,
@@ -99,7 +98,7 @@ def run(experiment: Experiment) -> RunResults:
         config=config.model_dump(mode="json"),
         versions=_versions(),
         hardware=_hardware(),
-        notes=_notes(experiment),
+        notes=_notes(experiment, teacher),
     )
     results_path = storage.join(experiment.folder, "results.json")
     report_path = storage.join(experiment.folder, "report.html")
@@ -110,14 +109,28 @@ def run(experiment: Experiment) -> RunResults:
     return results
 
 
+def _fused_distiller(experiment: Experiment) -> DistillerConfig:
+    """Return the distiller whose fusion the report shows: the first one trained that fuses, if any."""
+    trained = experiment.config.named_methods().values()
+    fusing = (distiller for distiller in trained if distiller.teacher == "fused")
+    return next(fusing, experiment.config.distiller)
+
+
+def _label(method: str, distiller: DistillerConfig) -> str:
+    if method in _LABELS and distiller == DistillerConfig.model_validate(method):
+        return _LABELS[method]
+    return method
+
+
 def _quality(experiment: Experiment, knowledge: KnowledgeResult) -> TeacherQuality:
-    distiller = experiment.config.distiller
+    distiller = _fused_distiller(experiment)
     quality = measure_quality(
         knowledge.store.read("validation"),
         knowledge.constants(),
         distiller.weighting,
         distiller.fusion_temperature,
         distiller.clip_temperature,
+        experiment.config.taught_views(distiller),
     )
 
     def listing(values: dict[str, float]) -> str:
@@ -174,6 +187,7 @@ def _knowledge_record(experiment: Experiment, knowledge: KnowledgeResult) -> Kno
         seconds=knowledge.seconds,
         images_per_second=pieces / knowledge.seconds if knowledge.computed else 0.0,
         reused=knowledge.computed == 0,
+        fingerprint=manifest.fingerprint,
     )
 
 
@@ -197,10 +211,10 @@ def _method_records(
                 history=outcome.history,
             )
         )
+    distillers = experiment.config.named_methods()
+    model = experiment.config.student.model
     return [
-        MethodRecord(
-            name=method, label=LABELS.get(method, method), student=experiment.config.student.model, runs=runs
-        )
+        MethodRecord(name=method, label=_label(method, distillers[method]), student=model, runs=runs)
         for method, runs in records.items()
     ]
 
@@ -215,10 +229,11 @@ def _gallery(experiment: Experiment, knowledge: KnowledgeResult, count: int = 8)
     names = experiment.task.class_names
     weights_NV = None
     if arrays.clip_embedding is not None:
-        distiller = experiment.config.distiller
+        distiller = _fused_distiller(experiment)
+        taught = experiment.config.taught_views(distiller)
         signal = TeachingSignal(
             knowledge.constants(),
-            tuple(views),
+            taught,
             distiller.weighting,
             distiller.fusion_temperature,
             distiller.clip_temperature,
@@ -230,7 +245,8 @@ def _gallery(experiment: Experiment, knowledge: KnowledgeResult, count: int = 8)
             ),
             torch.from_numpy(arrays.labels[rows]),
         )
-        weights_NV = output.view_weights.numpy()
+        weights_NV = np.zeros((len(rows), len(views)), dtype=np.float32)
+        weights_NV[:, [list(views).index(view) for view in taught]] = output.view_weights.numpy()
     return ViewGallery(
         images=np.stack([view(images_NHWC) for view in views.values()], axis=1),
         view_names=tuple(views),
@@ -269,19 +285,34 @@ def _processor() -> str:
     return platform.machine()
 
 
-def _notes(experiment: Experiment) -> list[str]:
+def _num_labelled(experiment: Experiment, knowledge: KnowledgeResult) -> int | None:
+    per_class = experiment.config.training.labels_per_class
+    if per_class is None:
+        return None
+    unreadable = [entry["id"] for entry in knowledge.manifest.set_aside]
+    readable = experiment.train.take(np.flatnonzero(~np.isin(experiment.train.ids, unreadable)))
+    return len(few_labels(readable, per_class, experiment.config.training.seed))
+
+
+def _notes(experiment: Experiment, teacher: Fitted) -> list[str]:
     config = experiment.config
     notes = [
         "The epoch kept is chosen on the validation part of train; the test images are read once, at the end.",
     ]
+    if teacher.outcome is None:
+        notes.append(
+            "The visual teacher was given: if it was trained on all of train, it has seen the validation "
+            "images, and its figures on them, those of the views and their fusion too, flatter it."
+        )
     if config.training.labels_per_class is not None:
         notes.append(
             f"Students see {config.training.labels_per_class} labelled images a class, drawn anew for each "
             "seed and the same for every method; the teachers were fitted on all training images."
         )
-    if config.distiller.weighting in ("label", "margin"):
+    weighting = _fused_distiller(experiment).weighting
+    if config.teacher.text is not None and weighting in ("label", "margin"):
         notes.append(
-            f"The weighting `{config.distiller.weighting}` looks at the label, so the accuracy of the semantic "
+            f"The weighting `{weighting}` looks at the label, so the accuracy of the semantic "
             "fusion is that of a teacher who is told the answer's text; it is not a test-time accuracy."
         )
     return notes

@@ -119,15 +119,13 @@ def run_jobs(jobs: Sequence[TrainingJob], folder: str) -> list[Outcome]:
 
 def _fit(jobs: Sequence[TrainingJob], folder: str) -> None:
     training = jobs[0].training
-    use_gpu = training.use_gpu
-    if use_gpu is None:
-        use_gpu = num_gpus() >= training.num_workers
+    num_workers, use_gpu = _workers(training)
     with progress_channel() as channel:
         trainer = ray.train.torch.TorchTrainer(
             _worker,
             train_loop_config={"jobs": list(jobs), "channel": channel, "started": time.time()},
             scaling_config=ray.train.ScalingConfig(
-                num_workers=training.num_workers,
+                num_workers=num_workers,
                 use_gpu=use_gpu,
                 resources_per_worker={"CPU": training.num_cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
             ),
@@ -150,9 +148,26 @@ def _fit(jobs: Sequence[TrainingJob], folder: str) -> None:
                 raise UserError(refusal)
 
 
+def _workers(training: TrainingConfig) -> tuple[int, bool]:
+    """Return how many workers to start and whether each has a GPU.
+
+    If nothing is said of GPUs and there are some, but fewer than workers, fewer workers take part: the global
+    batch stays the same.
+    """
+    gpus = int(num_gpus())
+    if training.use_gpu is not None or gpus == 0:
+        return training.num_workers, bool(training.use_gpu)
+    workers = max(n for n in range(1, min(gpus, training.num_workers) + 1) if training.batch_size % n == 0)
+    if workers < training.num_workers:
+        say(f"{workers} workers instead of {training.num_workers}: the cluster has {gpus} GPUs")
+    return workers, True
+
+
 def _worker(loop_config: dict[str, Any]) -> None:
     """What each Ray Train worker runs: the jobs that are not finished, in turn."""
     context = RayTrainContext(loop_config["channel"])
+    if ray.get(context.channel.refused.remote()) is not None:
+        return  # started again after a UserError, which would come again
     context.say(
         f"{context.world_size} workers ({device_name(context.device)}) "
         f"ready after {time.time() - loop_config['started']:.0f} s"
@@ -163,8 +178,9 @@ def _worker(loop_config: dict[str, Any]) -> None:
             if job.outcome() is None:
                 _train_job(job, context)
     except UserError as error:
-        # Starting again would end the same way: stop, and let the user know.
+        # Raised all the same, so that the other workers do not wait for this one.
         ray.get(context.channel.refuse.remote(str(error)))
+        raise
 
 
 def _train_job(job: TrainingJob, context: WorkerContext) -> None:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 
+from tmkd_ray import storage
 from tmkd_ray.errors import UserError
 from tmkd_ray.settings import ImageStatistics
 from tmkd_ray.teachers.pixels import Normalize, weights_fingerprint
@@ -70,20 +71,25 @@ class ClipTeacher(nn.Module):
         Raises:
             UserError: it cannot be found or is not a CLIP.
         """
-        path = os.path.expanduser(name_or_folder)
+        with storage.local_copy(name_or_folder) as path:
+            return cls._load_local(path, name_or_folder)
+
+    @classmethod
+    def _load_local(cls, path: str, name_or_folder: str) -> "ClipTeacher":
         try:
             with _quiet():
                 model, loading = transformers.AutoModel.from_pretrained(
-                    path, dtype=torch.float32, output_loading_info=True
+                    path, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
                 )
-                tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-                processor = transformers.AutoImageProcessor.from_pretrained(path)
+                tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+                processor = transformers.AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
         except _UNREADABLE as error:
             where = "folder" if os.path.isdir(path) else "folder or model name"
             raise UserError(
                 f"teacher.text.model: cannot load a CLIP from the {where} {name_or_folder!r}: {error}"
             ) from error
-        if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
+        needed = ("get_image_features", "get_text_features", "logit_scale")
+        if not all(hasattr(model, name) for name in needed) or not hasattr(model.config, "projection_dim"):
             raise UserError(f"teacher.text.model: {name_or_folder!r} is a {type(model).__name__}, not a CLIP")
         if loading["missing_keys"]:
             raise UserError(

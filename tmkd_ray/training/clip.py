@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tmkd_ray import storage
 from tmkd_ray.augmentation import AugmentationConfig
 from tmkd_ray.config import TrainingConfig
-from tmkd_ray.datasets.decode import LoadedImages
+from tmkd_ray.datasets.decode import LoadedImages, list_set_aside
 from tmkd_ray.teachers import ClipTeacher
 from tmkd_ray.training.augmented_views import AugmentedViews, ViewBatch
 from tmkd_ray.training.context import WorkerContext
@@ -78,13 +78,15 @@ class ClipModule(nn.Module):
         text_ME = self.clip.encode_texts(
             {"input_ids": self.input_ids[rows_M], "attention_mask": self.attention_mask[rows_M]}
         )
-        scale = self.clip.model.logit_scale.clamp(max=_MAX_LOGIT_SCALE).exp()
+        with torch.autocast(image_BE.device.type, enabled=False):  # a scale of up to 100 wants all the digits
+            scale = self.clip.model.logit_scale.float().clamp(max=_MAX_LOGIT_SCALE).exp()
+            similarity_BM = scale * image_BE @ text_ME.T
         # Candidates are the captions of the image's own view: telling classes apart is what the text teacher is
         # for, and telling the views apart is so much easier that it would be learnt in its place.
         same_view_BM = batch.view_indices[:, None] == captions_M // self.num_classes
-        similarity_BM = (scale * image_BE @ text_ME.T).masked_fill(~same_view_BM, _NEVER)
+        similarity_BM = similarity_BM.masked_fill(~same_view_BM, _NEVER)
         positives_BM = F.one_hot(position_B, len(captions_M)).bool()
-        loss = contrastive_loss(similarity_BM.float(), positives_BM)
+        loss = contrastive_loss(similarity_BM, positives_BM)
         correct = (similarity_BM.argmax(1) == position_B).sum()
         return StepOutput(LossOutput(loss, {"contrastive": loss}), correct)
 
@@ -112,6 +114,9 @@ class ClipTask(TrainTask):
         self.prompts, self.class_names = prompts, class_names
         self.data = AugmentedViews(train, list(views.values()), augmentation, training.seed)
         self.num_samples = len(self.data)
+        self.notes = list_set_aside("train", train.set_aside) + list_set_aside(
+            "validation", validation.set_aside
+        )
         self.validation_views = [torch.from_numpy(view(validation.images)) for view in views.values()]
         self.validation_labels = torch.from_numpy(validation.labels)
 

@@ -49,14 +49,19 @@ class TrainTask(ABC):
     Attributes:
         module: everything with trainable parameters; `module(batch)` returns a StepOutput. DDP wraps it.
         num_samples: of the training set.
+        notes: lines for the user, said when the training starts.
     """
 
     module: nn.Module
     num_samples: int
+    notes: tuple[str, ...] = ()
 
     @abstractmethod
     def batches(self, epoch: int, context: WorkerContext) -> Iterator[Any]:
         """Yield this worker's batches of an epoch (from 0); the same number on every worker."""
+
+    def after_step(self, batch: Any) -> None:  # noqa: B027 (most tasks have nothing to do)
+        """Update what no gradient trains, after the optimiser's step on this batch."""
 
     @abstractmethod
     def validate(self, context: WorkerContext) -> dict[str, float]:
@@ -110,6 +115,8 @@ def train(
     Raises:
         DivergedError: the loss is not finite.
     """
+    for note in task.notes:
+        context.say(note)
     module = task.module.to(context.device)
     optimizer = build_optimizer(config, module)
     scaler = torch.amp.GradScaler(context.device.type, enabled=config.precision == "float16")
@@ -197,6 +204,7 @@ def _train_epoch(
             nn.utils.clip_grad_norm_(module.parameters(), config.max_gradient_norm)
         scaler.step(optimizer)
         scaler.update()
+        task.after_step(batch)
 
         count = len(batch.labels)
         correct = torch.tensor(-1.0) if output.correct is None else output.correct

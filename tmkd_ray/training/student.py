@@ -83,12 +83,14 @@ class StudentTask(TrainTask):
                 distiller.fusion_temperature,
                 distiller.clip_temperature,
             )
+        positions = labelled_positions(train, training)
         layout = train.layout
         spec = DistillationSpec(
             num_classes=student.head.out_features,
             student_width=student.feature_width,
             teacher_width=layout.feature_width,
             clip_width=layout.clip_width,
+            num_samples=len(train) if positions is None else len(positions),
         )
         self.module: StudentModule = StudentModule(
             student,
@@ -97,7 +99,6 @@ class StudentTask(TrainTask):
             Normalize(mean, std),
         )
         self.training = training
-        positions = labelled_positions(train, training)
         self.data = ResidentKnowledge(
             train, device, augmentation, training.seed, positions, with_teacher=signal is not None
         )
@@ -109,6 +110,9 @@ class StudentTask(TrainTask):
         return self.data.batches(
             epoch, self.training.batch_size, self.training.seed, context.rank, context.world_size
         )
+
+    def after_step(self, batch: Batch) -> None:
+        self.module.distiller.after_step(batch.indices)
 
     def validate(self, context: WorkerContext) -> dict[str, float]:
         return evaluate(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tmkd_ray.augmentation import AugmentationConfig
 from tmkd_ray.config import TrainingConfig
-from tmkd_ray.datasets.decode import LoadedImages
+from tmkd_ray.datasets.decode import LoadedImages, list_set_aside
 from tmkd_ray.models import ImageClassifier
 from tmkd_ray.settings import ImageStatistics
 from tmkd_ray.teachers.pixels import Normalize
@@ -57,6 +57,9 @@ class TeacherTask(TrainTask):
         self.training = training
         self.data = AugmentedViews(train, list(views.values()), augmentation, training.seed)
         self.num_samples = len(self.data)
+        self.notes = list_set_aside("train", train.set_aside) + list_set_aside(
+            "validation", validation.set_aside
+        )
         self.validation_views = {
             name: torch.from_numpy(view(validation.images)) for name, view in views.items()
         }
