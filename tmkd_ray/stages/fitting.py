@@ -31,24 +31,21 @@ class Fitted:
 
 def fit_teacher(experiment: Experiment) -> Fitted:
     """Return the visual teacher's checkpoint: the configured one, or one fitted here (once)."""
-    visual = experiment.config.teacher.visual
-    if visual.checkpoint is not None:
-        return Fitted(visual.checkpoint, None)
-    job = teacher_job(experiment)
-    (outcome,) = run_jobs([job], job.folder)
-    return Fitted(storage.join(job.folder, "model.safetensors"), outcome)
+    if experiment.config.teacher.visual.checkpoint is None:
+        job = teacher_job(experiment)
+        run_jobs([job], job.folder)
+    teacher = found_teacher(experiment)
+    assert teacher is not None
+    return teacher
 
 
 def fit_clip(experiment: Experiment) -> Fitted | None:
     """Return CLIP's folder or name: the configured one, or one fitted here (once); None without CLIP."""
     text = experiment.config.teacher.text
-    if text is None:
-        return None
-    if text.model is not None:
-        return Fitted(text.model, None)
-    job = clip_job(experiment)
-    (outcome,) = run_jobs([job], job.folder)
-    return Fitted(job.folder, outcome)
+    if text is not None and text.model is None:
+        job = clip_job(experiment)
+        run_jobs([job], job.folder)
+    return found_clip(experiment)
 
 
 def found_teacher(experiment: Experiment) -> Fitted | None:

@@ -78,7 +78,6 @@ def compute_knowledge(experiment: Experiment, teacher: Fitted, clip_fitted: Fitt
     """
     started = time.monotonic()
     config = experiment.config
-    check_store(experiment)
     visual = load_teacher(experiment, teacher)
     clip = None if clip_fitted is None else ClipTeacher.load(clip_fitted.path)
     layouts = _layouts(config, visual, clip)
@@ -252,13 +251,8 @@ def _compute_shards(
         for row in dataset.iter_rows():
             rate.advance(row["rows"] + row["set_aside"])
     except UserError as error:
-        raise UserError(_first_line(error)) from error
-
-
-def _first_line(error: UserError) -> str:
-    """Return the message that the actor raised, without Ray's traceback around it."""
-    cause = getattr(error, "cause", error)
-    return str(cause)
+        # Ray's error for it carries a traceback; `cause` is what the actor raised.
+        raise UserError(str(getattr(error, "cause", error))) from error
 
 
 def _pool(pool: PoolConfig, gpus: float) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from tmkd_ray.stages.distillation import TrainedStudent, distill
 from tmkd_ray.stages.evaluation import Measured, measure_student, measure_teacher, split_images
 from tmkd_ray.stages.experiment import Experiment
 from tmkd_ray.stages.fitting import Fitted, fit_clip, fit_teacher
-from tmkd_ray.stages.knowledge import KnowledgeResult, check_store, compute_knowledge
+from tmkd_ray.stages.knowledge import KnowledgeResult, compute_knowledge
 from tmkd_ray.stages.progress import say
 from tmkd_ray.types import Knowledge
 
@@ -60,7 +60,6 @@ def run(experiment: Experiment) -> RunResults:
         seconds[stage] = round(time.monotonic() - started, 3)
         return result
 
-    check_store(experiment)
     experiment.save_config()
     teacher = timed("visual teacher", lambda: fit_teacher(experiment))
     clip = timed("text teacher (CLIP)", lambda: fit_clip(experiment))
