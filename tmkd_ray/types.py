@@ -36,11 +36,13 @@ class ModelOutput:
         logits: [B, C].
         feature: [B, S], the input of the model's last linear layer (the penultimate feature).
         feature_maps: one [B, channels, height, width] per stage, early to late; empty for models without any.
+        preactivation_maps: the same before the stage's last activation; empty for models that do not tell.
     """
 
     logits: Tensor
     feature: Tensor
     feature_maps: tuple[Tensor, ...] = ()
+    preactivation_maps: tuple[Tensor, ...] = ()
 
 
 @dataclass
@@ -50,10 +52,15 @@ class Knowledge:
     Attributes:
         feature: [B, V, D], penultimate features of the visual teacher.
         clip_embedding: [B, V, E], CLIP image embeddings, unit length; None without a text teacher.
+        feature_maps: the visual teacher's, one [B, V, channels, height, width] per stage; None where the
+            teacher does not run beside the student (they are too large to store).
+        preactivation_maps: the same before the stages' last activation.
     """
 
     feature: Tensor
     clip_embedding: Tensor | None = None
+    feature_maps: tuple[Tensor, ...] | None = None
+    preactivation_maps: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -68,7 +75,10 @@ class TeacherOutput:
         text_bank: [V, C, E], text embeddings, unit length.
         text_logits: [B, C], CLIP's zero-shot logits: fused similarities over the CLIP temperature.
 
-    The last three are None where there is no text teacher.
+        feature_maps, preactivation_maps: of the visual teacher, fused over views by the semantic weights, one
+            [B, channels, height, width] per stage; None unless the teacher runs beside the student.
+
+    `clip_embedding`, `text_bank` and `text_logits` are None where there is no text teacher.
     """
 
     logits: Tensor
@@ -77,6 +87,8 @@ class TeacherOutput:
     clip_embedding: Tensor | None = None
     text_bank: Tensor | None = None
     text_logits: Tensor | None = None
+    feature_maps: tuple[Tensor, ...] | None = None
+    preactivation_maps: tuple[Tensor, ...] | None = None
 
 
 @dataclass
