@@ -4,17 +4,35 @@ import json
 import types
 import typing
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    FiniteFloat,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from tmkd_ray.registry import Registry, UnknownNameError, nearest
+from tmkd_ray.storage import refuse_credentials
 
 ImageStatistics = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
 """Per-channel value of RGB in [0, 1]."""
 
 Precision = Literal["float32", "bfloat16", "float16"]
 """Of the arithmetic: anything but float32 means autocast."""
+
+
+def _without_credentials(path: str) -> str:
+    refuse_credentials(path)
+    return path
+
+
+Location = Annotated[str, AfterValidator(_without_credentials)]
+"""A local path or a URI; credentials come from the environment, since a configuration is saved and shown."""
 
 
 class Settings(BaseModel):

@@ -13,8 +13,8 @@ from pydantic import Field, field_validator
 
 from tmkd_ray.datasets.splits import limit_samples
 from tmkd_ray.errors import UnreadableImageError, UserError
-from tmkd_ray.settings import ImageStatistics, Settings
-from tmkd_ray.storage import open_filesystem
+from tmkd_ray.settings import ImageStatistics, Location, Settings
+from tmkd_ray.storage import read_bytes
 
 Split = Literal["train", "test"]
 
@@ -32,7 +32,7 @@ class DatasetConfig(Settings):
     )
     validation_fraction: float = Field(default=0.1, gt=0, lt=1, description="of train, set apart for choices")
     split_seed: int = Field(default=0, ge=0, description="of `limit`, the validation part, and the few labels")
-    class_names: str | None = Field(
+    class_names: Location | None = Field(
         default=None, description="file of class names, one a line or a JSON list; null: the dataset's own"
     )
     mean: ImageStatistics = IMAGENET_MEAN
@@ -164,12 +164,12 @@ def read_class_names(path: str) -> list[str] | dict[str, str]:
     Raises:
         UserError: there is no such file, or it is none of these.
     """
-    filesystem, inner = open_filesystem(path)
     try:
-        with filesystem.open_input_file(inner) as file:
-            text = file.read().decode("utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_bytes(path).decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
         raise UserError(f"dataset.class_names: cannot read {path}: {error}") from error
+    except UserError as error:
+        raise UserError(f"dataset.class_names: {error}") from error
     if not text.startswith(("[", "{")):
         return [line.strip() for line in text.splitlines() if line.strip()]
     try:

@@ -11,13 +11,13 @@ import numpy as np
 from tmkd_ray.datasets import DATASETS
 from tmkd_ray.datasets.base import DatasetConfig, ImageDataset, SampleIndex, Split, digest
 from tmkd_ray.errors import UnreadableImageError, UserError
-from tmkd_ray.settings import ImageStatistics
+from tmkd_ray.settings import ImageStatistics, Location
 
 
 class CifarConfig(DatasetConfig):
     """`path` is the folder that holds, or gets, torchvision's `cifar-10-batches-py` or `cifar-100-python`."""
 
-    path: str
+    path: Location
     download: bool = True
 
 

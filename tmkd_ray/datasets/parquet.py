@@ -4,6 +4,7 @@ import fnmatch
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,8 @@ from pyarrow.fs import FileSelector, FileType
 from tmkd_ray.datasets import DATASETS
 from tmkd_ray.datasets.base import DatasetConfig, ImageDataset, SampleIndex, Split, digest
 from tmkd_ray.errors import UnreadableImageError, UserError
-from tmkd_ray.storage import open_filesystem
+from tmkd_ray.settings import Location
+from tmkd_ray.storage import absolute, is_outage, open_filesystem, reason, retried
 
 PATTERNS: dict[Split, tuple[str, ...]] = {
     "train": ("train*.parquet",),
@@ -25,7 +27,7 @@ class ParquetConfig(DatasetConfig):
     """`path` is a folder, or a URI such as `s3://bucket/folder`."""
 
     name: str = "parquet"
-    path: str
+    path: Location
     image_column: str = "image"
     label_column: str = "label"
 
@@ -51,26 +53,29 @@ class Parquet(ImageDataset):
             UserError: the folder, shards of a split, a column, or the class names are missing.
         """
         self.config = config
-        self._filesystem, self._root = open_filesystem(config.path)
+        self._path = absolute(config.path)
         self._files: dict[Split, list[str]] = self._find_files()
         super().__init__(config)
 
     def _find_files(self) -> dict[Split, list[str]]:
+        filesystem, root = open_filesystem(self._path)
         try:
-            if self._filesystem.get_file_info(self._root).type != FileType.Directory:
+            if filesystem.get_file_info(root).type != FileType.Directory:
                 raise UserError(f"dataset.path: no folder {self.config.path}")
             names = {
                 folder: sorted(
                     info.base_name
-                    for info in self._filesystem.get_file_info(
-                        FileSelector(f"{self._root}/{folder}".rstrip("/"), allow_not_found=True)
+                    for info in filesystem.get_file_info(
+                        FileSelector(f"{root}/{folder}".rstrip("/"), allow_not_found=True)
                     )
                     if info.type == FileType.File
                 )
                 for folder in ("", "data/")
             }
         except OSError as error:
-            raise UserError(f"dataset.path: cannot list {self.config.path}: {error}") from error
+            raise UserError(
+                f"dataset.path: cannot list {self.config.path}: {reason(error, self._path)}"
+            ) from error
         files: dict[Split, list[str]] = {}
         for split, patterns in PATTERNS.items():
             candidates = (
@@ -89,7 +94,12 @@ class Parquet(ImageDataset):
 
     def _open(self, file: str) -> pq.ParquetFile:
         """Raises pa.ArrowException or OSError."""
-        return pq.ParquetFile(f"{self._root}/{file}", filesystem=self._filesystem)
+        # Not kept in the object: pickled, a file system forgets its retries; a worker has its own environment.
+        filesystem, root = open_filesystem(self._path)
+        return retried(lambda: pq.ParquetFile(f"{root}/{file}", filesystem=filesystem))
+
+    def _unreadable(self, file: str, error: Exception) -> UserError:
+        return UserError(f"dataset.path: cannot read {self.config.path}/{file}: {reason(error, self._path)}")
 
     def _open_checked(self, file: str) -> pq.ParquetFile:
         """Open a shard.
@@ -100,7 +110,7 @@ class Parquet(ImageDataset):
         try:
             opened = self._open(file)
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"dataset.path: cannot read {self.config.path}/{file}: {error}") from error
+            raise self._unreadable(file, error) from error
         for option, kind, matches in (
             ("image_column", "binary or struct(bytes)", _is_image_type),
             ("label_column", "integer", pa.types.is_integer),
@@ -131,12 +141,13 @@ class Parquet(ImageDataset):
 
     def _read_index(self, split: Split) -> SampleIndex:
         labels, counts = [], []
+        name = self.config.label_column
         for file in self._files[split]:
             with self._open_checked(file) as opened:
                 try:
-                    column = opened.read([self.config.label_column])[self.config.label_column]
+                    column = retried(partial(opened.read, [name]))[name]
                 except (pa.ArrowException, OSError) as error:
-                    raise UserError(f"dataset.path: cannot read {self.config.path}/{file}: {error}") from error
+                    raise self._unreadable(file, error) from error
             if column.null_count:
                 raise UserError(
                     f"dataset.label_column: {column.null_count} rows of {self.config.path}/{file} have no label"
@@ -156,15 +167,21 @@ class Parquet(ImageDataset):
         )
 
     def read(self, split: Split, index: SampleIndex) -> list[bytes | np.ndarray | UnreadableImageError]:
-        """Return each image's encoded bytes; each row group that holds any is read once, its images only."""
+        """Return each image's encoded bytes; each row group that holds any is read once, its images only.
+
+        Raises:
+            UserError: the storage does not answer, or refuses; its images are not damaged.
+        """
         contents: list[bytes | np.ndarray | UnreadableImageError] = [
             UnreadableImageError("the row holds no image")
         ] * len(index)
         for part in np.unique(index.part):
             positions = np.flatnonzero(index.part == part)
             try:
-                self._read_part(self._files[split][part], index.row, positions, contents)
+                retried(partial(self._read_part, self._files[split][part], index.row, positions, contents))
             except (pa.ArrowException, OSError) as error:
+                if is_outage(error):
+                    raise self._unreadable(self._files[split][part], error) from error
                 for position in positions:
                     contents[position] = UnreadableImageError(
                         f"cannot read {self._files[split][part]}: {error}"
@@ -208,14 +225,19 @@ class Parquet(ImageDataset):
         shards = []
         for file in self._files[split]:
             try:
-                with self._filesystem.open_input_file(f"{self._root}/{file}") as opened:
-                    size = opened.size()
-                    footer_bytes = int.from_bytes(opened.read_at(4, size - 8), "little")
-                    footer = opened.read_at(footer_bytes, size - 8 - footer_bytes)
+                size, footer = retried(partial(self._read_footer, file))
             except (pa.ArrowException, OSError) as error:
-                raise UserError(f"dataset.path: cannot read {self.config.path}/{file}: {error}") from error
+                raise self._unreadable(file, error) from error
             shards.append([file, size, hashlib.sha256(footer).hexdigest()])
         return digest([shards, self.config.image_column, self.config.label_column])
+
+    def _read_footer(self, file: str) -> tuple[int, bytes]:
+        """Return a shard's size and footer. Raises pa.ArrowException or OSError."""
+        filesystem, root = open_filesystem(self._path)
+        with filesystem.open_input_file(f"{root}/{file}") as opened:
+            size = opened.size()
+            footer_bytes = int.from_bytes(opened.read_at(4, size - 8), "little")
+            return size, opened.read_at(footer_bytes, size - 8 - footer_bytes)
 
 
 def _is_image_type(kind: pa.DataType) -> bool:
