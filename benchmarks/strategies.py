@@ -3,8 +3,10 @@
     python benchmarks/strategies.py [--rounds 7] [--device cpu] [--threads 1]
 
 A step is the student's forward pass, the loss, the backward pass, the optimiser and the strategy's own update;
-the teacher's output is there already, as it is when it comes from the knowledge store. The objective alone (its
-forward and backward pass, given the student's output) is timed too: it can be too small to be seen in a step.
+the teacher's output is there already, as it is when it comes from the knowledge store; the maps that some
+strategies need come from a teacher that runs beside the student, whose own time is not counted. The objective
+alone (its forward and backward pass, given the student's output) is timed too: it can be too small to be seen
+in a step.
 Every round times all of them one after the other, so that what else the machine does falls on all alike; a
 ratio is the median of the rounds' ratios, a time the median of the rounds' times.
 Prints a table, then one JSON object a line.
@@ -31,6 +33,7 @@ from tmkd_ray.types import ModelOutput, TaskSpec, TeacherOutput
 
 STUDENT, NUM_CLASSES, IMAGE_SIZE, TEACHER_WIDTH, CLIP_WIDTH, NUM_VIEWS = "resnet8x4", 100, 32, 256, 512, 3
 NUM_SAMPLES = 50_000
+TEACHER_MAPS = ((64, 32, 32), (128, 16, 16), (256, 8, 8))
 BASELINE = "cross-entropy"
 
 
@@ -43,12 +46,13 @@ class Batch:
 
 
 def draw_batch(size: int, device: torch.device) -> Batch:
-    """Return random images, and teacher outputs of the sizes of CIFAR-100 with CLIP ViT-B/32."""
+    """Return random images, and teacher outputs of the sizes of CIFAR-100 with resnet32x4 and CLIP ViT-B/32."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
 
+    maps = tuple(normal(size, *shape) for shape in TEACHER_MAPS)
     return Batch(
         images=normal(size, 3, IMAGE_SIZE, IMAGE_SIZE),
         labels=torch.randint(NUM_CLASSES, (size,), generator=generator).to(device),
@@ -60,6 +64,8 @@ def draw_batch(size: int, device: torch.device) -> Batch:
             clip_embedding=F.normalize(normal(size, CLIP_WIDTH), dim=1),
             text_bank=F.normalize(normal(NUM_VIEWS, NUM_CLASSES, CLIP_WIDTH), dim=2),
             text_logits=4 * normal(size, NUM_CLASSES),
+            feature_maps=tuple(value.relu() for value in maps),
+            preactivation_maps=maps,
         ),
     )
 
@@ -74,7 +80,16 @@ class Case:
         options: dict[str, Any] = {"name": "alone"}
         if strategy is not None:
             options = {"name": "kd", "ce_weight": 1.0, "kd_weight": 1.0, "strategy": strategy}
-        spec = DistillationSpec(NUM_CLASSES, self.student.feature_width, TEACHER_WIDTH, CLIP_WIDTH, NUM_SAMPLES)
+        spec = DistillationSpec(
+            NUM_CLASSES,
+            self.student.feature_width,
+            TEACHER_WIDTH,
+            CLIP_WIDTH,
+            NUM_SAMPLES,
+            class_counts=(NUM_SAMPLES // NUM_CLASSES,) * NUM_CLASSES,
+            student_maps=self.student.map_shapes(IMAGE_SIZE),
+            teacher_maps=TEACHER_MAPS,
+        )
         self.distiller = Distiller(DistillerConfig.model_validate(options), spec).to(device)
         self.taught = strategy is not None
         parameters = [*self.student.parameters(), *self.distiller.parameters()]
@@ -86,8 +101,13 @@ class Case:
         self.distiller.after_step(batch.indices)
 
     def objective(self, batch: Batch) -> None:
-        logits = self.output.logits.detach().requires_grad_()
-        self._descend(batch, ModelOutput(logits, self.output.feature.detach().requires_grad_()))
+        output = self.output
+        leaves = [value.detach().requires_grad_() for value in (output.logits, output.feature)]
+        maps = [
+            tuple(value.detach().requires_grad_() for value in stages)
+            for stages in (output.feature_maps, output.preactivation_maps)
+        ]
+        self._descend(batch, ModelOutput(*leaves, *maps))
 
     def _descend(self, batch: Batch, output: ModelOutput) -> None:
         self.output = output

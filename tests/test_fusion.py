@@ -224,6 +224,60 @@ def test_the_plain_teacher_is_one_view_as_it_is(
     torch.testing.assert_close(output.clip_embedding, knowledge.clip_embedding[:, position])
 
 
+MAP_SHAPES = ((2, 4, 4), (3, 2, 1))
+
+
+@pytest.fixture
+def with_maps(knowledge: Knowledge) -> Knowledge:
+    generator = torch.Generator().manual_seed(5)
+    after, before = (tuple(normal(generator, BATCH, VIEWS, *shape) for shape in MAP_SHAPES) for _ in range(2))
+    return Knowledge(knowledge.feature, knowledge.clip_embedding, after, before)
+
+
+@pytest.mark.parametrize("views", SUBSETS, ids="+".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_maps_are_fused_by_the_same_weights(
+    with_maps: Knowledge, constants: TeacherConstants, views: tuple[str, ...], dtype: torch.dtype
+) -> None:
+    chosen = [NAMES.index(view) for view in views]
+    for field in ("feature_maps", "preactivation_maps"):
+        setattr(with_maps, field, tuple(value.to(dtype) for value in getattr(with_maps, field)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = TeachingSignal(constants, views, "label", FUSION_TEMPERATURE)(with_maps, LABELS)
+    weights = f64(output.view_weights)
+    for field in ("feature_maps", "preactivation_maps"):
+        fused = getattr(output, field)
+        assert len(fused) == len(MAP_SHAPES)
+        for stage, shape, actual in zip(getattr(with_maps, field), MAP_SHAPES, fused, strict=True):
+            flat = f64(stage.float())[:, chosen].reshape(BATCH, len(views), -1)
+            assert actual.dtype == torch.float32
+            assert actual.shape == (BATCH, *shape)
+            expected = reference.fuse(flat, weights).reshape(BATCH, *shape)
+            np.testing.assert_allclose(f64(actual), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("view", NAMES)
+def test_maps_of_one_view_are_handed_on_as_they_are(
+    with_maps: Knowledge, constants: TeacherConstants, view: str
+) -> None:
+    output = TeachingSignal(constants, (view,), "label", FUSION_TEMPERATURE)(with_maps, LABELS)
+    assert with_maps.feature_maps is not None
+    assert output.feature_maps is not None
+    for stage, actual in zip(with_maps.feature_maps, output.feature_maps, strict=True):
+        assert torch.equal(actual, stage[:, NAMES.index(view)])
+        assert actual.untyped_storage().data_ptr() == stage.untyped_storage().data_ptr(), "no copy"
+
+
+def test_a_teacher_that_does_not_tell_some_maps(
+    with_maps: Knowledge, knowledge: Knowledge, constants: TeacherConstants
+) -> None:
+    signal = TeachingSignal(constants, NAMES, "label", FUSION_TEMPERATURE)
+    with_maps.preactivation_maps = ()
+    assert signal(with_maps, LABELS).preactivation_maps == ()
+    output = signal(knowledge, LABELS)
+    assert output.feature_maps is output.preactivation_maps is None
+
+
 @pytest.mark.parametrize(("views", "weighting"), [(NAMES, "uniform"), (("original",), "label")])
 def test_without_a_text_teacher(
     knowledge: Knowledge, without_text: TeacherConstants, views: tuple[str, ...], weighting: Weighting
@@ -306,13 +360,18 @@ def test_finite_at_the_ends_of_the_temperatures(
         assert getattr(output, name).isfinite().all()
 
 
-def test_no_gradient_reaches_the_teacher(knowledge: Knowledge, constants: TeacherConstants) -> None:
-    assert knowledge.clip_embedding is not None
-    knowledge.feature.requires_grad_()
-    knowledge.clip_embedding.requires_grad_()
-    signal = TeachingSignal(constants, NAMES, "label", FUSION_TEMPERATURE)
-    output = signal(knowledge, LABELS)
-    assert not any(getattr(output, name).requires_grad for name in vars(output))
+def test_no_gradient_reaches_the_teacher(with_maps: Knowledge, constants: TeacherConstants) -> None:
+    assert with_maps.clip_embedding is not None
+    assert with_maps.feature_maps is not None
+    with_maps.feature.requires_grad_()
+    with_maps.clip_embedding.requires_grad_()
+    for value in with_maps.feature_maps:
+        value.requires_grad_()
+    output = TeachingSignal(constants, NAMES, "label", FUSION_TEMPERATURE)(with_maps, LABELS)
+    assert output.feature_maps is not None
+    told = [value for value in vars(output).values() if isinstance(value, torch.Tensor)]
+    assert len(told) == 6
+    assert not any(value.requires_grad for value in (*told, *output.feature_maps))
 
 
 def test_the_signal_has_nothing_to_train_or_save(constants: TeacherConstants) -> None:

@@ -18,7 +18,7 @@ from teaching_samples import (
     STUDENT_WIDTH,
     TEACHER_WIDTH,
     VIEWS,
-    extreme_logits,
+    extreme_outputs,
     f64,
     normal,
     student_output,
@@ -29,7 +29,14 @@ from teaching_samples import (
 from tmkd_ray.distillers import STRATEGIES, DistillationSpec
 from tmkd_ray.distillers.dkd import DKDConfig
 from tmkd_ray.distillers.kd import KDConfig
-from tmkd_ray.objective import Distiller, DistillerConfig, class_contrast, instance_contrast
+from tmkd_ray.objective import (
+    Distiller,
+    DistillerConfig,
+    WeightSchedule,
+    class_contrast,
+    instance_contrast,
+    weight_at,
+)
 from tmkd_ray.types import ModelOutput, TeacherOutput
 
 TERMS = ("ce", "kd", "feature", "text", "contrastive")
@@ -192,6 +199,89 @@ def test_requires_is_what_is_read_and_the_rest_may_be_missing(
 )
 def test_needs_text_teacher(options: Any, needed: bool) -> None:
     assert DistillerConfig.model_validate(options).needs_text_teacher is needed
+
+
+SCHEDULE = {"start": 0.5, "end": 2.5, "epochs": 20}
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_a_weight_may_be_a_schedule(term: str) -> None:
+    config = config_of(**{"ce_weight": 1.0, f"{term}_weight": SCHEDULE})
+    weight = getattr(config, f"{term}_weight")
+    assert weight == WeightSchedule(start=0.5, end=2.5, epochs=20)
+    assert [weight.at(epoch) for epoch in (0, 5, 10, 20, 21, 240)] == [0.5, 1.0, 1.5, 2.5, 2.5, 2.5]
+    assert weight.at(0.1) == pytest.approx(0.51)
+    assert weight_at(weight, 10) == 1.5
+    assert weight_at(3.0, 10) == 3.0
+    assert DistillerConfig.model_validate(config.model_dump()) == config
+    assert DistillerConfig.model_validate(config.model_dump(mode="json")) == config
+    assert DistillerConfig.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("weight", "text"),
+    [
+        (-1, "must be at least 0 \\(given: -1\\)"),
+        (float("nan"), "must be at least 0 \\(given: nan\\)"),
+        ("much", 'expected a number, or start, end and epochs \\(given: "much"\\)'),
+        (None, "expected a number, or start, end and epochs \\(given: null\\)"),
+        ([1], "expected a number, or start, end and epochs \\(given: a list\\)"),
+        ({**SCHEDULE, "end": -1}, "end: must be at least 0 \\(given: -1\\)"),
+        ({**SCHEDULE, "epochs": 0}, "epochs: must be above 0 \\(given: 0\\)"),
+        ({**SCHEDULE, "epoch": 3}, "epoch: unknown key; did you mean 'epochs'"),
+        ({"start": 0, "epochs": 3}, "end: required, but not given"),
+        ({**SCHEDULE, "start": True}, "start: expected a number"),
+    ],
+    ids=str,
+)
+def test_what_is_no_weight_is_told_once_and_where(weight: Any, text: str) -> None:
+    with pytest.raises(ValidationError, match=text) as caught:
+        DistillerConfig.model_validate({"name": "kd", "kd_weight": weight})
+    assert [error["loc"] for error in caught.value.errors()] == [("kd_weight",)]
+
+
+@pytest.mark.parametrize("schedule", [{"start": 0, "end": 1}, {"start": 1, "end": 0}], ids=str)
+def test_a_term_is_in_use_if_either_end_is_above_zero(schedule: dict[str, float]) -> None:
+    weight = {**schedule, "epochs": 3}
+    assert config_of(kd_weight=weight, strategy="feature_mse").requires == {"feature"}
+    assert config_of(kd_weight=weight, strategy="at").needs_online
+    assert config_of(teacher="plain", text_weight=weight).needs_text_teacher
+    for term in ("ce", "kd", "text"):
+        assert config_of(**{"feature_weight": 1.0, f"{term}_weight": weight}).trains_classifier
+    with pytest.raises(ValidationError, match="teacher is none, but feature_weight is above zero"):
+        config_of(teacher="none", ce_weight=1.0, feature_weight=weight)
+
+
+def test_a_schedule_that_stays_zero_is_no_term() -> None:
+    never = {"start": 0, "end": 0, "epochs": 3}
+    config = config_of(ce_weight=1.0, kd_weight=never, strategy="at")
+    assert not config.needs_online
+    assert config.requires == frozenset()
+    with pytest.raises(ValidationError, match="every loss weight is zero"):
+        config_of(kd_weight=never)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES.names())
+def test_the_classifier_is_trained_by_what_reads_the_logits(strategy: str) -> None:
+    by_strategy = STRATEGIES.get(strategy).trains_classifier
+    assert config_of(kd_weight=1, strategy=strategy).trains_classifier == by_strategy
+    assert by_strategy == ("logits" in STRATEGIES.get(strategy).requires or strategy == "tf_kd")
+    assert config_of(kd_weight=1, ce_weight=1, strategy=strategy).trains_classifier
+    assert not config_of(feature_weight=1, strategy=strategy).trains_classifier
+
+
+@pytest.mark.parametrize(
+    ("options", "mixes"),
+    [
+        ({"ce_weight": 1}, False),
+        ({"kd_weight": 1}, False),
+        ({"ce_weight": 1, "kd_weight": 1}, True),
+        ({"ce_weight": SCHEDULE, "contrastive_weight": SCHEDULE}, True),
+    ],
+    ids=str,
+)
+def test_mixes_task_and_distillation(options: dict[str, Any], mixes: bool) -> None:
+    assert config_of(**options).mixes_task_and_distillation is mixes
 
 
 # Contrastive terms --------------------------------------------------------------------------------
@@ -410,6 +500,55 @@ def test_the_text_term_softens_the_student_alone(temperature: float) -> None:
     assert distiller(agreeing, teacher, LABELS).loss.item() == pytest.approx(0.0, abs=1e-5)
 
 
+def test_weights_follow_their_schedules() -> None:
+    schedules = {f"{term}_weight": {"start": i, "end": 2 * i + 1, "epochs": 10} for i, term in enumerate(TERMS)}
+    distiller = distiller_of(**schedules)
+    for epoch, share in ((0, 0.0), (2.5, 0.25), (10, 1.0), (99, 1.0), (5, 0.5)):
+        distiller.set_progress(epoch)
+        numbers = {f"{term}_weight": i + share * (i + 1) for i, term in enumerate(TERMS)}
+        expected = distiller_of(**numbers | {"kd_weight": max(numbers["kd_weight"], 1e-30)})
+        if numbers["ce_weight"]:
+            output = distiller(student_output(), teacher_output(), LABELS)
+            whole = expected(student_output(), teacher_output(), LABELS)
+            assert torch.equal(output.loss, whole.loss)
+            assert output.terms == whole.terms
+
+
+def test_a_schedule_starts_where_it_says() -> None:
+    """Before the first call of `set_progress`; a term of weight zero has heads, and a gradient of zero."""
+    distiller = distiller_of(
+        ce_weight=1.0, kd_weight={"start": 0, "end": 1, "epochs": 2}, strategy="feature_mse"
+    )
+    output = distiller(student_output(), teacher_output(), LABELS)
+    assert torch.equal(output.loss, output.terms["ce"])
+    output.loss.backward()
+    for parameter in distiller.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.abs().max() == 0
+
+
+def test_progress_changes_no_plain_number() -> None:
+    distiller = distiller_of(ce_weight=0.3, kd_weight=0.9)
+    loss = distiller(student_output(), teacher_output(), LABELS).loss
+    distiller.set_progress(17.5)
+    assert torch.equal(distiller(student_output(), teacher_output(), LABELS).loss, loss)
+
+
+@pytest.mark.parametrize("terms", [("ce",), ("kd",), ("ce", "kd"), TERMS], ids="+".join)
+def test_the_loss_is_the_task_and_the_distillation(terms: tuple[str, ...]) -> None:
+    """With their weights; cross-entropy is the task."""
+    distiller = distiller_of(**{f"{term}_weight": WEIGHTS[term] for term in terms})
+    output = distiller(student_output(), teacher_output(), LABELS)
+    taught = [WEIGHTS[term] * output.terms[term] for term in terms if term != "ce"]
+    assert len(output.distillation) == len(taught)
+    assert all(torch.equal(a, b) for a, b in zip(output.distillation, taught, strict=True))
+    assert (output.task is None) == ("ce" not in terms)
+    parts = [part for part in (output.task, *output.distillation) if part is not None]
+    assert output.loss.item() == pytest.approx(sum(part.item() for part in parts), rel=1e-6)
+    if output.task is not None:
+        assert torch.equal(output.task, WEIGHTS["ce"] * output.terms["ce"])
+
+
 def test_a_weight_scales_its_term_and_no_other() -> None:
     for term in TERMS:
         others = {f"{other}_weight": 1.0 for other in TERMS}
@@ -464,15 +603,7 @@ def test_finite_under_autocast_at_extreme_logits(strategy: str, dtype: torch.dty
     distiller = distiller_of(
         0.1, strategy=strategy, contrastive_mode=mode, contrastive_temperature=0.01, **weights
     )
-    teacher_logits, student_logits, labels = extreme_logits()
-    count = len(labels)
-    student = ModelOutput(
-        student_logits.to(dtype).requires_grad_(),
-        (100 * student_output(batch=count).feature.detach().sign()).to(dtype).requires_grad_(),
-    )
-    teacher = teacher_output(batch=count)
-    teacher.logits, teacher.feature = teacher_logits, 100 * teacher.feature.sign()
-    teacher.text_logits = teacher_logits.roll(1, dims=0)
+    student, teacher, labels = extreme_outputs(dtype)
     with torch.autocast("cpu", dtype=dtype):
         output = distiller(student, teacher, labels)
     output.loss.backward()

@@ -56,6 +56,11 @@ def fuse(values_BVD: Tensor, weights_BV: Tensor) -> Tensor:
     return torch.einsum("bv,bvd->bd", weights_BV, values_BVD)
 
 
+def fuse_maps(maps_BVCHW: Tensor, weights_BV: Tensor) -> Tensor:
+    """Return [B, channels, height, width]: the weighted sum over views; C are channels here."""
+    return torch.einsum("bv,bvchw->bchw", weights_BV, maps_BVCHW)
+
+
 @dataclass(frozen=True)
 class TeacherConstants:
     """What does not depend on the image: the teacher's classifier and the text bank.
@@ -117,6 +122,7 @@ class TeachingSignal(nn.Module):
         self.fusion_temperature = fusion_temperature
         self.clip_temperature = clip_temperature or constants.clip_temperature or 1.0
         positions = [constants.view_names.index(view) for view in views]
+        self.only_position = positions[0] if len(positions) == 1 else None
         self.register_buffer("positions", torch.tensor(positions), persistent=False)
         self.register_buffer("head_weight", constants.head_weight.float(), persistent=False)
         self.register_buffer("head_bias", constants.head_bias.float(), persistent=False)
@@ -145,8 +151,17 @@ class TeachingSignal(nn.Module):
                 feature=fused_BD,
                 view_weights=weights_BV,
                 text_bank=self.text_bank,
+                feature_maps=self._fused_maps(knowledge.feature_maps, weights_BV),
+                preactivation_maps=self._fused_maps(knowledge.preactivation_maps, weights_BV),
             )
             if similarity_BVC is not None and clip_embedding_BVE is not None:
                 output.clip_embedding = F.normalize(fuse(clip_embedding_BVE, weights_BV), dim=1)
                 output.text_logits = fuse(similarity_BVC, weights_BV) / self.clip_temperature
             return output
+
+    def _fused_maps(self, stages: tuple[Tensor, ...] | None, weights_BV: Tensor) -> tuple[Tensor, ...] | None:
+        if stages is None:
+            return None
+        if self.only_position is not None:  # its weight is one, and maps are too large to copy for nothing
+            return tuple(maps_BVCHW[:, self.only_position].float() for maps_BVCHW in stages)
+        return tuple(fuse_maps(maps_BVCHW[:, self.positions].float(), weights_BV) for maps_BVCHW in stages)

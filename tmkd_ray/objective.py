@@ -10,16 +10,19 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, SerializeAsAny, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, ValidationError, field_serializer, field_validator, model_validator
 from torch import Tensor, nn
 
-from tmkd_ray.distillers import STRATEGIES, DistillationSpec, StrategyConfig, build_strategy
+from tmkd_ray.distillers import STRATEGIES, DistillationSpec, Strategy, StrategyConfig, build_strategy
 from tmkd_ray.distillers.feature_mse import FeatureMSE, FeatureMSEConfig
 from tmkd_ray.distillers.kd import KDConfig
 from tmkd_ray.fusion import Weighting
 from tmkd_ray.losses import gather_from_workers, info_nce, kl_divergence
-from tmkd_ray.settings import Settings, resolve_named
+from tmkd_ray.settings import SectionError, Settings, explain, resolve_named, shown
 from tmkd_ray.types import LossOutput, ModelOutput, TeacherOutput
+
+TERMS = ("ce", "kd", "feature", "text", "contrastive")
+"""The terms of the objective; the weight of each is the field `<term>_weight`."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "alone": {"teacher": "none", "ce_weight": 1.0},
@@ -35,11 +38,36 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+class WeightSchedule(Settings):
+    """A weight that changes: linearly from `start` to `end` in the first `epochs`, then constant."""
+
+    start: float = Field(ge=0)
+    end: float = Field(ge=0)
+    epochs: float = Field(gt=0)
+
+    def __bool__(self) -> bool:
+        """Whether the weight ever is above zero, as with a plain number."""
+        return self.start > 0 or self.end > 0
+
+    def at(self, epoch: float) -> float:
+        """Return the weight after so many epochs; a fraction within an epoch counts."""
+        return self.start + (self.end - self.start) * min(epoch / self.epochs, 1.0)
+
+
+Weight = float | WeightSchedule
+
+
+def weight_at(weight: Weight, epoch: float) -> float:
+    """Return the weight after so many epochs."""
+    return weight.at(epoch) if isinstance(weight, WeightSchedule) else weight
+
+
 class DistillerConfig(Settings):
     """What the student learns from, and how much of each.
 
     `name` picks defaults (`alone`, `kd`, `tmkd`); every field can still be set. As a bare string
-    (`distiller: kd`) it stands for the preset.
+    (`distiller: kd`) it stands for the preset. A weight is a number or a schedule,
+    `kd_weight: {start: 0, end: 1, epochs: 20}`.
     """
 
     name: Literal["alone", "kd", "tmkd"] = "tmkd"
@@ -52,12 +80,12 @@ class DistillerConfig(Settings):
     weighting: Weighting = "label"
     fusion_temperature: float = Field(default=0.1, gt=0)
     clip_temperature: float | None = Field(default=None, gt=0, description="null: CLIP's own")
-    ce_weight: float = Field(default=0.0, ge=0)
-    kd_weight: float = Field(default=0.0, ge=0)
-    feature_weight: float = Field(default=0.0, ge=0)
-    text_weight: float = Field(default=0.0, ge=0)
+    ce_weight: Weight = 0.0
+    kd_weight: Weight = 0.0
+    feature_weight: Weight = 0.0
+    text_weight: Weight = 0.0
     text_temperature: float = Field(default=1.0, gt=0)
-    contrastive_weight: float = Field(default=0.0, ge=0)
+    contrastive_weight: Weight = 0.0
     contrastive_mode: Literal["class", "instance", "both"] = "both"
     contrastive_temperature: float = Field(default=0.1, gt=0)
 
@@ -75,22 +103,49 @@ class DistillerConfig(Settings):
     def _resolve_strategy(cls, value: Any) -> Any:
         return resolve_named(value, STRATEGIES, default="kd")
 
+    @field_validator(*(f"{term}_weight" for term in TERMS), mode="plain")
+    @classmethod
+    def _read_weight(cls, value: Any) -> Weight:
+        # By hand, because Pydantic reports what is wrong with each alternative of a union.
+        if isinstance(value, WeightSchedule):
+            return value
+        if isinstance(value, dict):
+            try:
+                return WeightSchedule.model_validate(value)
+            except ValidationError as error:
+                raise SectionError(explain(error, WeightSchedule)) from error
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"expected a number, or start, end and epochs (given: {shown(value)})")
+        if not value >= 0:
+            raise ValueError(f"must be at least 0 (given: {shown(value)})")
+        return float(value)
+
+    @field_serializer(*(f"{term}_weight" for term in TERMS))
+    def _write_weight(self, value: Weight) -> Any:
+        return value.model_dump() if isinstance(value, WeightSchedule) else value
+
     @model_validator(mode="after")
     def _check_terms(self) -> "DistillerConfig":
-        teaching = {term: getattr(self, f"{term}_weight") for term in ("kd", "feature", "text", "contrastive")}
-        if self.teacher == "none" and any(teaching.values()):
-            wanted = ", ".join(f"{term}_weight" for term, weight in teaching.items() if weight)
+        used = [term for term in TERMS if getattr(self, f"{term}_weight")]
+        # A strategy that reads nothing of the teacher can do without one.
+        taught = [term for term in used if term != "ce" and (term != "kd" or self._strategy.requires)]
+        if self.teacher == "none" and taught:
+            wanted = ", ".join(f"{term}_weight" for term in taught)
             raise ValueError(f"teacher is none, but {wanted} is above zero")
-        if not self.ce_weight and not any(teaching.values()):
+        if not used:
             raise ValueError("every loss weight is zero: nothing to learn from")
         return self
+
+    @property
+    def _strategy(self) -> type[Strategy]:
+        return STRATEGIES.get(self.strategy.name)
 
     @property
     def requires(self) -> frozenset[str]:
         """The fields of `TeacherOutput` that the terms in use read."""
         needed: set[str] = set()
         if self.kd_weight:
-            needed |= STRATEGIES.get(self.strategy.name).requires
+            needed |= self._strategy.requires
         if self.feature_weight:
             needed.add("feature")
         if self.text_weight:
@@ -105,14 +160,24 @@ class DistillerConfig(Settings):
     @property
     def trains_classifier(self) -> bool:
         """Whether some term reads the student's logits: without one its classifier would stay random."""
-        by_logits = self.kd_weight > 0 and "logits" in STRATEGIES.get(self.strategy.name).requires
-        return by_logits or self.ce_weight > 0 or self.text_weight > 0
+        by_strategy = bool(self.kd_weight) and self._strategy.trains_classifier
+        return by_strategy or bool(self.ce_weight) or bool(self.text_weight)
 
     @property
     def needs_text_teacher(self) -> bool:
         """Whether CLIP takes part: in a term, or in the views' weights."""
         weighs = self.teacher == "fused" and self.weighting != "uniform"
         return weighs or bool(self.requires & {"text_logits", "clip_embedding", "text_bank"})
+
+    @property
+    def needs_online(self) -> bool:
+        """Whether the teacher must run beside the student: its maps are too large to store."""
+        return bool(self.requires & {"feature_maps", "preactivation_maps"})
+
+    @property
+    def mixes_task_and_distillation(self) -> bool:
+        """Whether cross-entropy stands beside another term, as an optimiser that parts the two asks for."""
+        return bool(self.ce_weight) and any(getattr(self, f"{term}_weight") for term in TERMS[1:])
 
 
 def class_contrast(
@@ -158,9 +223,16 @@ class Distiller(nn.Module):
         if config.contrastive_weight:
             assert spec.clip_width is not None
             self.projection = nn.Linear(spec.student_width, spec.clip_width)
+        self.set_progress(0.0)
+
+    def set_progress(self, epoch: float) -> None:
+        """Set the weights to what they are after so many epochs; a fraction within an epoch counts."""
+        self.weights = {term: weight_at(getattr(self.config, f"{term}_weight"), epoch) for term in TERMS}
 
     def forward(self, student: ModelOutput, teacher: TeacherOutput | None, labels_B: Tensor) -> LossOutput:
         """Return the weighted loss and its unweighted terms.
+
+        A term whose weight is zero at the moment is computed too: DDP wants a gradient for every head.
 
         Args:
             teacher: None where `config.teacher` is none.
@@ -173,18 +245,23 @@ class Distiller(nn.Module):
                 student.logits.float(), labels_B, label_smoothing=self.label_smoothing
             )
         assert (teacher is None) == (config.teacher == "none"), config.teacher
+        if self.strategy is not None:
+            output: LossOutput = self.strategy(student, teacher, labels_B)
+            terms["kd"], parts = output.loss, output.terms
         if teacher is not None:
-            if self.strategy is not None:
-                output: LossOutput = self.strategy(student, teacher, labels_B)
-                terms["kd"], parts = output.loss, output.terms
             if self.feature is not None:
                 terms["feature"] = self.feature(student, teacher, labels_B).loss
             if config.text_weight:
                 terms["text"] = self._text_term(student, teacher)
             if self.projection is not None:
                 terms["contrastive"] = self._contrastive_term(self.projection, student, teacher, labels_B)
-        weighted = [getattr(config, f"{name}_weight") * value for name, value in terms.items()]
-        return LossOutput(torch.stack(weighted).sum(), terms | parts)
+        weighted = {name: self.weights[name] * value for name, value in terms.items()}
+        return LossOutput(
+            torch.stack(list(weighted.values())).sum(),
+            terms | parts,
+            task=weighted.get("ce"),
+            distillation=tuple(value for name, value in weighted.items() if name != "ce"),
+        )
 
     def after_step(self, sample_indices_B: Tensor) -> None:
         """Let the strategy update state that no gradient trains, see `Strategy.after_step`."""

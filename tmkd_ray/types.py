@@ -98,7 +98,11 @@ class LossOutput:
     Attributes:
         loss: scalar, the weighted sum.
         terms: scalars by name, without weights.
+        task: the part of `loss` that only the labels teach, with its weight; None where there is none.
+        distillation: the other summands of `loss`, with their weights.
     """
 
     loss: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
+    task: Tensor | None = None
+    distillation: tuple[Tensor, ...] = ()

@@ -12,7 +12,8 @@ from teaching_samples import (
     SPEC,
     TEACHER_WIDTH,
     VIEWS,
-    extreme_logits,
+    extreme_outputs,
+    leaves,
     student_output,
     teacher_output,
 )
@@ -22,11 +23,13 @@ from tmkd_ray.fusion import TeacherConstants, TeachingSignal
 from tmkd_ray.objective import Distiller, DistillerConfig
 from tmkd_ray.registry import UnknownNameError
 from tmkd_ray.settings import resolve_named
-from tmkd_ray.types import Knowledge, LossOutput, ModelOutput, TeacherOutput
+from tmkd_ray.types import Knowledge, LossOutput, TeacherOutput
 
 pytestmark = pytest.mark.parametrize("name", STRATEGIES.names())
 
 HALF = [torch.float16, torch.bfloat16]
+# The student's tensors that a strategy is compared by, when it is not the teacher's field of the same name.
+COMPARED = {"tf_kd": {"logits"}, "reviewkd": {"feature_maps", "feature"}}
 KNOWN_FIELDS = set(TeacherOutput.__dataclass_fields__)
 
 
@@ -75,21 +78,27 @@ def test_does_not_change_its_inputs(name: str) -> None:
     build(name)(student, teacher, labels).loss.backward()
     assert torch.equal(labels, LABELS)
     for actual, fresh in ((student, student_output()), (teacher, teacher_output())):
-        for field, value in vars(fresh).items():
-            if isinstance(value, torch.Tensor):
-                assert torch.equal(getattr(actual, field), value)
+        for field, values in vars(fresh).items():
+            found = getattr(actual, field)
+            for value, same in zip(
+                values if isinstance(values, tuple) else (values,),
+                found if isinstance(found, tuple) else (found,),
+                strict=True,
+            ):
+                assert torch.equal(same, value)
 
 
 def test_gradient_reaches_what_the_student_is_compared_by(name: str) -> None:
-    """One that reads the teacher's logits (feature) moves the student's logits (feature), and its own heads."""
+    """One that reads the teacher's logits (feature, maps) moves the student's, and its own heads."""
     strategy, student = build(name), student_output()
     strategy(student, teacher_output(), LABELS).loss.backward()
-    for field in ("logits", "feature"):
-        gradient = getattr(student, field).grad
-        if field in strategy.requires:
-            assert gradient is not None
-            assert gradient.isfinite().all()
-            assert (gradient.abs().amax(dim=1) > 0).all(), "every sample teaches"
+    compared = COMPARED.get(name, strategy.requires) & set(vars(student))
+    moved = {field: leaf.grad for field, leaf in leaves(student).items() if leaf.grad is not None}
+    assert {field.partition(".")[0] for field in moved} == compared
+    assert strategy.trains_classifier == ("logits" in moved)
+    for gradient in moved.values():
+        assert gradient.isfinite().all()
+        assert (gradient.abs().flatten(1).amax(dim=1) > 0).all(), "every sample teaches"
     for parameter in strategy.parameters():
         assert parameter.grad is not None
         assert parameter.grad.abs().max() > 0
@@ -98,13 +107,12 @@ def test_gradient_reaches_what_the_student_is_compared_by(name: str) -> None:
 def test_a_step_against_the_gradient_lowers_the_loss(name: str) -> None:
     strategy, student, teacher = build(name), student_output(), teacher_output()
     loss = strategy(student, teacher, LABELS).loss
-    leaves = [value for value in (student.logits, student.feature) if value is not None]
-    gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-    stepped = [
-        leaf if gradient is None else leaf - 1e-3 * gradient
-        for leaf, gradient in zip(leaves, gradients, strict=True)
-    ]
-    assert strategy(ModelOutput(*stepped), teacher, LABELS).loss < loss
+    gradients = torch.autograd.grad(loss, list(leaves(student).values()), allow_unused=True)
+    length = torch.stack([g.square().sum() for g in gradients if g is not None]).sum().sqrt()
+    for leaf, gradient in zip(leaves(student).values(), gradients, strict=True):
+        if gradient is not None:
+            leaf.data -= 1e-2 * gradient / length
+    assert strategy(student, teacher, LABELS).loss < loss
 
 
 def test_requires_names_exactly_what_is_read(name: str) -> None:
@@ -125,9 +133,17 @@ def test_no_gradient_reaches_the_teacher(name: str) -> None:
     """From the student's loss through the teaching signal, as in training: nothing there can be trained."""
     like, strategy = teacher_output(), build(name)
     assert like.clip_embedding is not None
+    assert like.feature_maps is not None
+    assert like.preactivation_maps is not None
+
+    def of_views(value: torch.Tensor) -> torch.Tensor:
+        return torch.stack([value] * VIEWS, dim=1).requires_grad_()
+
     knowledge = Knowledge(
-        like.feature[:, None].repeat(1, VIEWS, 1).requires_grad_(),
-        like.clip_embedding[:, None].repeat(1, VIEWS, 1).requires_grad_(),
+        of_views(like.feature),
+        of_views(like.clip_embedding),
+        tuple(of_views(value) for value in like.feature_maps),
+        tuple(of_views(value) for value in like.preactivation_maps),
     )
     names = tuple("abc")
     head = torch.randn(CLASSES, TEACHER_WIDTH, requires_grad=True)
@@ -135,10 +151,16 @@ def test_no_gradient_reaches_the_teacher(name: str) -> None:
     teacher = TeachingSignal(constants, names, "label", fusion_temperature=0.1)(knowledge, LABELS)
     strategy(student_output(), teacher, LABELS).loss.backward()
     assert all(parameter.requires_grad for parameter in strategy.parameters())
-    assert knowledge.feature.grad is None
     assert knowledge.clip_embedding is not None
-    assert knowledge.clip_embedding.grad is None
-    assert head.grad is None
+    assert knowledge.feature_maps is not None
+    assert knowledge.preactivation_maps is not None
+    given = (
+        knowledge.feature,
+        knowledge.clip_embedding,
+        *knowledge.feature_maps,
+        *knowledge.preactivation_maps,
+    )
+    assert all(value.grad is None for value in (*given, head))
 
 
 def test_is_pickled_with_its_weights(name: str) -> None:
@@ -199,20 +221,13 @@ def test_fits_the_objective(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_finite_under_autocast_at_extreme_outputs(name: str, dtype: torch.dtype) -> None:
-    """Logits and features at ±100, teacher and student agreeing or each sure of another class."""
+    """Logits, features and maps at ±100, teacher and student agreeing or each sure of another class."""
     strategy = build(name)
-    teacher_logits, student_logits, labels = extreme_logits()
-    count = len(labels)
-    student = ModelOutput(
-        student_logits.to(dtype).requires_grad_(),
-        (100 * student_output(batch=count).feature.detach().sign()).to(dtype).requires_grad_(),
-    )
-    teacher = teacher_output(batch=count)
-    teacher.logits, teacher.feature = teacher_logits, 100 * teacher.feature.sign()
+    student, teacher, labels = extreme_outputs(dtype)
     with torch.autocast("cpu", dtype=dtype):
         loss = strategy(student, teacher, labels).loss
     loss.backward()
     assert loss.dtype == torch.float32
     assert loss.isfinite()
-    for value in (student.logits, student.feature, *strategy.parameters()):
+    for value in (*leaves(student).values(), *strategy.parameters()):
         assert value.grad is None or value.grad.isfinite().all()

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from teaching_samples import LABELS, SPEC, student_output, teacher_output
+from teaching_samples import LABELS, SPEC, leaves, mapped, student_output, teacher_output
 
 from tmkd_ray.distillers import STRATEGIES, build_strategy
+from tmkd_ray.types import ModelOutput
 
-# Its projection is a layer like the network's own: it runs in the network's precision.
-IN_FLOAT32 = [name for name in STRATEGIES if name != "feature_mse"]
+# Their heads are layers like the network's own: they run in the network's precision.
+IN_FLOAT32 = [name for name in STRATEGIES if name not in ("feature_mse", "ofd", "reviewkd")]
 
 
 @pytest.mark.parametrize("name", IN_FLOAT32)
@@ -22,8 +23,8 @@ def test_autocast_changes_no_bit(name: str, dtype: torch.dtype) -> None:
     expected.backward()
     loss.backward()
     assert torch.equal(loss, expected)
-    for field in ("logits", "feature"):
-        gradient, same = getattr(under, field).grad, getattr(plain, field).grad
+    for name, leaf in leaves(under).items():
+        gradient, same = leaf.grad, leaves(plain)[name].grad
         assert (gradient is None) == (same is None)
         assert gradient is None or torch.equal(gradient, same)
 
@@ -33,10 +34,8 @@ def test_half_precision_outputs_are_widened_first(name: str) -> None:
     """The student's outputs come in half precision from autocast; the loss is that of the same numbers."""
     torch.manual_seed(0)
     strategy = build_strategy(STRATEGIES.get(name).Config(), SPEC)
-    half, wide = student_output(), student_output()
-    for field in ("logits", "feature"):
-        setattr(half, field, getattr(half, field).detach().bfloat16())
-        setattr(wide, field, getattr(half, field).float())
+    half = ModelOutput(**mapped(student_output(), lambda value: value.detach().bfloat16()))
+    wide = ModelOutput(**mapped(half, lambda value: value.float()))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = strategy(half, teacher_output(), LABELS).loss
     assert torch.equal(loss, strategy(wide, teacher_output(), LABELS).loss)

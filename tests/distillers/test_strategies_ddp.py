@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from teaching_samples import CLASSES, NUM_SAMPLES, SPEC, STUDENT_WIDTH, normal, teacher_output
+from teaching_samples import (
+    CLASSES,
+    NUM_SAMPLES,
+    SPEC,
+    STUDENT_WIDTH,
+    mapped,
+    maps_from,
+    normal,
+    teacher_output,
+)
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -33,7 +42,15 @@ CASES: dict[str, dict[str, Any]] = {
     "sp": {"name": "sp", "weight": 10.0},
     "vid": {"name": "vid"},
     "crd": {"name": "crd", "embedding_width": 4, "num_negatives": 50, "temperature": 0.5},
+    "bkd": {"name": "bkd"},
+    "tf_kd": {"name": "tf_kd", "temperature": 0.5},
+    "fitnet": {"name": "fitnet", "weight": 1.0},
+    "at": {"name": "at"},
+    "nst": {"name": "nst"},
+    "kdsvd": {"name": "kdsvd", "weight": 10.0},
 }
+# Workers normalise by their own part of the batch: what they learn differs, but not what they measure.
+WITH_BATCH_NORM: dict[str, dict[str, Any]] = {"ofd": {"name": "ofd"}, "reviewkd": {"name": "reviewkd"}}
 
 
 class Student(nn.Module):
@@ -46,12 +63,13 @@ class Student(nn.Module):
         self.head = nn.Linear(STUDENT_WIDTH, CLASSES)
         config = STRATEGIES.get(options["name"]).Config.model_validate(options)
         self.strategy = build_strategy(config, SPEC)
-        # DDP wants a gradient for every parameter, and some strategies read the features alone.
-        self.head.requires_grad_("logits" in self.strategy.requires)
+        # DDP wants a gradient for every parameter, and some strategies do not read the logits.
+        self.head.requires_grad_(self.strategy.trains_classifier)
 
     def forward(self, images: Tensor, teacher: TeacherOutput, labels: Tensor) -> LossOutput:
         feature = torch.tanh(self.body(images))
-        output: LossOutput = self.strategy(ModelOutput(self.head(feature), feature), teacher, labels)
+        student = ModelOutput(self.head(feature), feature, **maps_from(feature))
+        output: LossOutput = self.strategy(student, teacher, labels)
         return output
 
 
@@ -64,9 +82,8 @@ def train(module: nn.Module, student: Student, rows: slice) -> dict[str, Any]:
         images = normal(generator, BATCH, PIXELS)
         labels = torch.randint(CLASSES, (BATCH,), generator=generator)
         indices = torch.randperm(NUM_SAMPLES, generator=generator)[:BATCH]
-        fields = vars(teacher_output(seed=step + 10, batch=BATCH))
-        part = {name: value if name == "text_bank" else value[rows] for name, value in fields.items()}
-        output = module(images[rows], TeacherOutput(**part), labels[rows])
+        whole = teacher_output(seed=step + 10, batch=BATCH)
+        output = module(images[rows], TeacherOutput(**mapped(whole, lambda value: value[rows])), labels[rows])
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()
@@ -89,7 +106,7 @@ def work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=NUM_WORKERS)
     rows = slice(rank * BATCH // NUM_WORKERS, (rank + 1) * BATCH // NUM_WORKERS)
     found: dict[str, Any] = {}
-    for name, options in CASES.items():
+    for name, options in (CASES | WITH_BATCH_NORM).items():
         student = Student(options)
         found[name] = train(DistributedDataParallel(student, broadcast_buffers=False), student, rows)
     found["gather"] = gathered_gradient(normal(torch.Generator().manual_seed(6), BATCH, 3)[rows])
@@ -105,7 +122,10 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_every_strategy_is_here_or_has_nothing_to_gather() -> None:
-    assert {options["name"] for options in CASES.values()} >= set(STRATEGIES) - {"feature_mse"}
+    assert {options["name"] for options in CASES.values()} >= set(STRATEGIES) - {
+        "feature_mse",
+        *WITH_BATCH_NORM,
+    }
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -122,6 +142,21 @@ def test_two_workers_train_as_one(workers: list[dict[str, Any]], case: str) -> N
         assert torch.equal(each[0]["state"][name], each[1]["state"][name]), "the same on every worker"
     moved = alone["state"]["body.weight"] - initial["body.weight"]
     assert moved.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("case", WITH_BATCH_NORM)
+def test_two_workers_with_batch_norm_stay_the_same(workers: list[dict[str, Any]], case: str) -> None:
+    own = [name for name in workers[0][case]["state"] if "running_" in name]
+    assert own
+    for name, value in workers[0][case]["state"].items():
+        assert torch.equal(value, workers[1][case]["state"][name]) == (name not in own)
+
+
+def test_two_workers_measure_the_margins_as_one(workers: list[dict[str, Any]]) -> None:
+    student = Student(WITH_BATCH_NORM["ofd"])
+    alone = train(student, student, slice(None))["state"]["strategy.responses"]
+    for worker in workers:
+        torch.testing.assert_close(worker["ofd"]["state"]["strategy.responses"], alone)
 
 
 def test_the_gathered_gradient_is_shared_out_among_the_workers(workers: list[dict[str, Any]]) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 from tmkd_ray.errors import UserError
 from tmkd_ray.models import MODELS, ImageClassifier, build_model, count_parameters
 from tmkd_ray.models.cifar_layers import channel_shuffle
+from tmkd_ray.models.cifar_mobilenet_v2 import CifarMobileNetV2
+from tmkd_ray.models.cifar_wrn import WideResNet
 from tmkd_ray.types import TaskSpec
 
 NAMES = MODELS.names()
@@ -175,6 +177,43 @@ def test_shapes(name: str, image_size: int) -> None:
         full = 32 if name.lower().startswith(("resnet", "wrn")) else 16
         expected = [full, full // 2, full // 4, full // 4 if name.startswith("vgg") else full // 8]
         assert sizes == expected[: 4 if name.startswith(("vgg", "Mobile", "ResNet")) else 3]
+
+
+def test_preactivations_are_what_the_last_relu_of_a_stage_is_given(model: ImageClassifier) -> None:
+    with torch.no_grad():
+        output = model(torch.randn(2, 3, 16, 16))
+    maps, before = output.feature_maps, output.preactivation_maps
+    assert [value.shape for value in before] == [value.shape for value in maps]
+    assert all((value < 0).any() for value in before), "nothing has cut them yet"
+    if isinstance(model, WideResNet):  # the ReLU, and the normalisation before it, belong to the next stage
+        norms = (model.block2.layer[0].bn1, model.block3.layer[0].bn1, model.bn1)
+        maps = tuple(norm(value).relu() for norm, value in zip(norms, maps, strict=True))
+        torch.testing.assert_close(maps[-1].mean((2, 3)), output.feature)
+    if not isinstance(model, CifarMobileNetV2):  # no ReLU at the end of a stage
+        before = tuple(value.relu() for value in before)
+    torch.testing.assert_close(before, maps)
+
+
+def test_a_gradient_flows_back_from_the_preactivations(model: ImageClassifier) -> None:
+    output = model(torch.randn(2, 3, 16, 16))
+    first = next(model.parameters())
+    for value in output.preactivation_maps:
+        (gradient,) = torch.autograd.grad(value.square().sum(), first, retain_graph=True)
+        assert gradient.any()
+
+
+@pytest.mark.parametrize("image_size", [8, 24, 32])
+@pytest.mark.parametrize("name", ["resnet8x4", "wrn_16_2", "vgg8", "ShuffleV2", "MobileNetV2"])
+def test_map_shapes_are_those_of_a_forward_pass(name: str, image_size: int) -> None:
+    model = build(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    shapes = model.map_shapes(image_size)
+    assert model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    output = model(torch.randn(2, 3, image_size, image_size))
+    assert shapes == tuple(tuple(value.shape[1:]) for value in output.feature_maps)
+    assert model.eval().map_shapes(image_size) == shapes
+    assert not model.training
 
 
 def test_vgg_refuses_images_that_it_would_pool_away() -> None:

@@ -113,6 +113,7 @@ def test_pickles_after_a_forward_pass(name: str) -> None:
         torch.testing.assert_close(output.feature, copied.feature)
         assert len(copied.feature_maps) == 4
         torch.testing.assert_close(output.feature_maps, copied.feature_maps)
+        torch.testing.assert_close(output.preactivation_maps, copied.preactivation_maps)
 
 
 def test_maps_of_a_resnet_are_its_stages() -> None:
@@ -125,6 +126,71 @@ def test_maps_of_a_resnet_are_its_stages() -> None:
         maps = model(images).feature_maps
     assert len(maps) == 4
     torch.testing.assert_close(maps, tuple(expected))
+
+
+def relu_ends_each_stage(name: str) -> bool:
+    return name.startswith(("resnet", "resnext", "wide_resnet", "vgg", "alexnet"))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_preactivations_are_what_the_last_relu_of_a_stage_is_given(name: str) -> None:
+    torch.manual_seed(0)
+    model = build_model(f"torchvision/{name}", task(3, FAMILIES[name])).eval()
+    images = torch.randn(2, 3, FAMILIES[name], FAMILIES[name])
+    with torch.no_grad():
+        output = model(images)
+    if relu_ends_each_stage(name):
+        assert all((value < 0).any() for value in output.preactivation_maps)
+        relu = tuple(value.relu() for value in output.preactivation_maps)
+        torch.testing.assert_close(relu, output.feature_maps)
+    elif name.startswith(("mobilenet", "mnasnet")):
+        torch.testing.assert_close(output.preactivation_maps, output.feature_maps)
+        assert all((value < 0).any() for value in output.preactivation_maps)
+    else:
+        assert output.preactivation_maps == ()
+
+
+@pytest.mark.parametrize("name", ["resnet50", "wide_resnet50_2", "resnext50_32x4d", "vgg16", "vgg11_bn"])
+def test_preactivations_of_larger_relatives(name: str) -> None:
+    with torch.device("meta"):
+        model = build_model(f"torchvision/{name}", task(3, 64))
+        output = model(torch.empty(2, 3, 64, 64))
+    assert [v.shape for v in output.preactivation_maps] == [v.shape for v in output.feature_maps]
+    assert len(output.preactivation_maps) == 4
+
+
+def test_preactivations_of_a_resnet_are_its_last_sums() -> None:
+    """And outputs and gradients are torchvision's own, although the last ReLUs are not in place."""
+    torch.manual_seed(0)
+    model = build_model("torchvision/resnet18", task(3, 64))
+    plain = torchvision.models.resnet18(num_classes=3)
+    plain.load_state_dict(model.inner.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    output, expected = model(images), plain(images)
+    assert torch.equal(output.logits, expected)
+    output.logits.sum().backward()
+    expected.sum().backward()
+    for (name, parameter), same in zip(model.inner.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(parameter.grad, same.grad), name
+    model.eval()
+    with torch.no_grad():
+        output = model(images)
+        block = model.inner.layer2[1]
+        x = model.inner.layer2[0](output.feature_maps[0])
+        last_sum = block.bn2(block.conv2(block.bn1(block.conv1(x)).relu())) + x
+    torch.testing.assert_close(output.preactivation_maps[1], last_sum)
+
+
+def test_map_shapes() -> None:
+    assert build_model("torchvision/resnet18", task(3, 64)).map_shapes(64) == (
+        (64, 16, 16),
+        (128, 8, 8),
+        (256, 4, 4),
+        (512, 2, 2),
+    )
+    assert build_model("torchvision/swin_t", task(3, 64)).map_shapes(64)[0] == (96, 16, 16)
+    assert build_model("torchvision/vit_b_32", task(3, 64)).map_shapes(64) == ()
+    assert len(build_model("torchvision/squeezenet1_1", task(3, 32)).map_shapes(32)) == 4
 
 
 def test_swin_maps_have_channels_first() -> None:
@@ -148,6 +214,7 @@ def test_compiles_without_a_graph_break() -> None:
     torch.testing.assert_close(output.logits, expected.logits)
     torch.testing.assert_close(output.feature, expected.feature)
     assert len(output.feature_maps) == 4
+    torch.testing.assert_close(output.preactivation_maps, expected.preactivation_maps)
 
 
 def test_building_draws_the_weights_torchvision_draws() -> None:

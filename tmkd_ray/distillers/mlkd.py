@@ -55,6 +55,7 @@ class MLKD(Strategy):
 
     Config = MLKDConfig
     requires = frozenset({"logits"})
+    trains_classifier = True
 
     def __init__(self, config: MLKDConfig, spec: DistillationSpec) -> None:
         super().__init__(config, spec)

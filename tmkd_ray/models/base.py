@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from tmkd_ray.types import ModelOutput, TaskSpec
@@ -15,6 +16,10 @@ class ImageClassifier(nn.Module, ABC):
 
     A feature map is what a stage hands to the next one: after the stage's last ReLU where it ends in one; the
     bare sum in pre-activation networks (WRN) and linear bottlenecks (MobileNetV2). The stem is not a stage.
+
+    A pre-activation map has the shape of the feature map. It is what the stage's last ReLU is given; in
+    pre-activation networks what the next ReLU is given, the normalised sum; in linear bottlenecks the map
+    itself.
     """
 
     @abstractmethod
@@ -34,6 +39,15 @@ class ImageClassifier(nn.Module, ABC):
     def feature_width(self) -> int:
         """S, the width of the penultimate feature."""
         return self.head.in_features
+
+    @torch.no_grad()
+    def map_shapes(self, image_size: int) -> tuple[tuple[int, int, int], ...]:
+        """Return (channels, height, width) of each feature map of an image; none for models without maps."""
+        mode = self.training
+        device = next(self.parameters()).device
+        output: ModelOutput = self.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
+        self.train(mode)
+        return tuple((m.shape[1], m.shape[2], m.shape[3]) for m in output.feature_maps)
 
     @property
     def inner(self) -> nn.Module:

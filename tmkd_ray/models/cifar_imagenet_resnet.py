@@ -47,12 +47,14 @@ class CifarImageNetResNet(ImageClassifier):
 
     def forward(self, images_BCHW: Tensor) -> ModelOutput:
         x = F.relu(self.bn1(self.conv1(images_BCHW)), inplace=True)
-        map1 = self.layer1(x)
-        map2 = self.layer2(map1)
-        map3 = self.layer3(map2)
-        map4 = self.layer4(map3)
+        # Not in place, for what a stage ends with is handed out before its ReLU too.
+        map1 = F.relu(pre1 := self.layer1(x))
+        map2 = F.relu(pre2 := self.layer2(map1))
+        map3 = F.relu(pre3 := self.layer3(map2))
+        map4 = F.relu(pre4 := self.layer4(map3))
         feature_BS = global_average_pool(map4)
-        return ModelOutput(self.linear(feature_BS), feature_BS, (map1, map2, map3, map4))
+        maps, preactivations = (map1, map2, map3, map4), (pre1, pre2, pre3, pre4)
+        return ModelOutput(self.linear(feature_BS), feature_BS, maps, preactivations)
 
     def adapt_checkpoint(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         # Some published variants kept the convolutions' default bias.
@@ -72,8 +74,9 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, in_width: int, width: int, stride: int) -> None:
+    def __init__(self, in_width: int, width: int, stride: int, is_last: bool) -> None:
         super().__init__()
+        self.is_last = is_last
         self.conv1 = conv3x3(in_width, width, stride)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = conv3x3(width, width)
@@ -82,7 +85,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x), inplace=True)
+        out = self.bn2(self.conv2(out)) + self.shortcut(x)
+        return out if self.is_last else F.relu(out, inplace=True)
 
 
 class Bottleneck(nn.Module):
@@ -90,8 +94,9 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_width: int, width: int, stride: int) -> None:
+    def __init__(self, in_width: int, width: int, stride: int, is_last: bool) -> None:
         super().__init__()
+        self.is_last = is_last
         out_width = width * self.expansion
         self.conv1 = conv1x1(in_width, width)
         self.bn1 = nn.BatchNorm2d(width)
@@ -104,14 +109,17 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = F.relu(self.bn2(self.conv2(out)), inplace=True)
-        return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x), inplace=True)
+        out = self.bn3(self.conv3(out)) + self.shortcut(x)
+        return out if self.is_last else F.relu(out, inplace=True)
 
 
 def _stage(
     block: type[BasicBlock | Bottleneck], in_width: int, width: int, blocks: int, stride: int
 ) -> nn.Sequential:
-    first = block(in_width, width, stride)
-    return nn.Sequential(first, *(block(width * block.expansion, width, 1) for _ in range(blocks - 1)))
+    """Return the blocks of a stage; the last ReLU is left to the network."""
+    wide = width * block.expansion
+    first = block(in_width, width, stride, is_last=blocks == 1)
+    return nn.Sequential(first, *(block(wide, width, 1, is_last=i == blocks - 1) for i in range(1, blocks)))
 
 
 @MODELS.register("ResNet18")

@@ -61,7 +61,8 @@ class CifarMobileNetV2(ImageClassifier):
             if index in _STAGE_ENDS:
                 maps.append(x)
         feature_BS = global_average_pool(self.conv2(x))
-        return ModelOutput(self.classifier(feature_BS), feature_BS, tuple(maps))
+        # No ReLU follows a linear bottleneck: its map is the pre-activation too.
+        return ModelOutput(self.classifier(feature_BS), feature_BS, tuple(maps), tuple(maps))
 
 
 class _InvertedResidual(nn.Module):

@@ -44,11 +44,12 @@ class CifarResNet(ImageClassifier):
 
     def forward(self, images_BCHW: Tensor) -> ModelOutput:
         x = F.relu(self.bn1(self.conv1(images_BCHW)), inplace=True)
-        map1 = self.layer1(x)
-        map2 = self.layer2(map1)
-        map3 = self.layer3(map2)
+        # Not in place, for what a stage ends with is handed out before its ReLU too.
+        map1 = F.relu(pre1 := self.layer1(x))
+        map2 = F.relu(pre2 := self.layer2(map1))
+        map3 = F.relu(pre3 := self.layer3(map2))
         feature_BS = global_average_pool(map3)
-        return ModelOutput(self.fc(feature_BS), feature_BS, (map1, map2, map3))
+        return ModelOutput(self.fc(feature_BS), feature_BS, (map1, map2, map3), (pre1, pre2, pre3))
 
     def adapt_checkpoint(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         # Some published variants kept the convolutions' default bias.
@@ -56,8 +57,9 @@ class CifarResNet(ImageClassifier):
 
 
 class _BasicBlock(nn.Module):
-    def __init__(self, in_width: int, width: int, stride: int) -> None:
+    def __init__(self, in_width: int, width: int, stride: int, is_last: bool) -> None:
         super().__init__()
+        self.is_last = is_last
         self.conv1 = conv3x3(in_width, width, stride)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = conv3x3(width, width)
@@ -71,12 +73,15 @@ class _BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return F.relu(self.bn2(self.conv2(out)) + shortcut, inplace=True)
+        out = self.bn2(self.conv2(out)) + shortcut
+        return out if self.is_last else F.relu(out, inplace=True)
 
 
 def _stage(in_width: int, width: int, blocks: int, stride: int) -> nn.Sequential:
-    first = _BasicBlock(in_width, width, stride)
-    return nn.Sequential(first, *(_BasicBlock(width, width, 1) for _ in range(blocks - 1)))
+    """Return the blocks of a stage; the last ReLU is left to the network."""
+    first = _BasicBlock(in_width, width, stride, is_last=blocks == 1)
+    rest = (_BasicBlock(width, width, 1, is_last=index == blocks - 1) for index in range(1, blocks))
+    return nn.Sequential(first, *rest)
 
 
 def _register(name: str, depth: int, widths: tuple[int, int, int, int]) -> None:

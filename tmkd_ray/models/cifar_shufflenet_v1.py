@@ -34,19 +34,21 @@ class CifarShuffleNetV1(ImageClassifier):
 
     def forward(self, images_BCHW: Tensor) -> ModelOutput:
         x = F.relu(self.bn1(self.conv1(images_BCHW)), inplace=True)
-        map1 = self.layer1(x)
-        map2 = self.layer2(map1)
-        map3 = self.layer3(map2)
+        # Not in place, for what a stage ends with is handed out before its ReLU too.
+        map1 = F.relu(pre1 := self.layer1(x))
+        map2 = F.relu(pre2 := self.layer2(map1))
+        map3 = F.relu(pre3 := self.layer3(map2))
         feature_BS = global_average_pool(map3)
-        return ModelOutput(self.linear(feature_BS), feature_BS, (map1, map2, map3))
+        return ModelOutput(self.linear(feature_BS), feature_BS, (map1, map2, map3), (pre1, pre2, pre3))
 
 
 class _Unit(nn.Module):
     """The paper's figure 2 (b), or with stride 2 its figure 2 (c): the pooled input is concatenated."""
 
-    def __init__(self, in_width: int, out_width: int, stride: int) -> None:
+    def __init__(self, in_width: int, out_width: int, stride: int, is_last: bool = False) -> None:
         super().__init__()
         self.stride = stride
+        self.is_last = is_last
         computed = out_width - in_width if stride == 2 else out_width
         mid = computed // 4
         # The paper does not group the first convolution of all: its input is too narrow.
@@ -64,13 +66,14 @@ class _Unit(nn.Module):
         # The field has a ReLU after the depthwise convolution; the paper has none.
         out = F.relu(self.bn2(self.conv2(out)), inplace=True)
         out = self.bn3(self.conv3(out))
-        if self.stride == 2:
-            return F.relu(torch.cat([out, F.avg_pool2d(x, 3, stride=2, padding=1)], 1), inplace=True)
-        return F.relu(out + x, inplace=True)
+        out = torch.cat([out, F.avg_pool2d(x, 3, stride=2, padding=1)], 1) if self.stride == 2 else out + x
+        return out if self.is_last else F.relu(out, inplace=True)
 
 
 def _stage(in_width: int, width: int, blocks: int) -> nn.Sequential:
-    return nn.Sequential(_Unit(in_width, width, 2), *(_Unit(width, width, 1) for _ in range(blocks - 1)))
+    """Return the units of a stage; the last ReLU is left to the network."""
+    rest = (_Unit(width, width, 1, is_last=index == blocks - 1) for index in range(1, blocks))
+    return nn.Sequential(_Unit(in_width, width, 2), *rest)
 
 
 @MODELS.register("ShuffleV1")

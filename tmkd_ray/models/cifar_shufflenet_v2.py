@@ -33,18 +33,20 @@ class CifarShuffleNetV2(ImageClassifier):
 
     def forward(self, images_BCHW: Tensor) -> ModelOutput:
         x = F.relu(self.bn1(self.conv1(images_BCHW)), inplace=True)
-        map1 = self.layer1(x)
-        map2 = self.layer2(map1)
-        map3 = self.layer3(map2)
+        # Not in place, for what a stage ends with is handed out before its ReLU too.
+        map1 = F.relu(pre1 := self.layer1(x))
+        map2 = F.relu(pre2 := self.layer2(map1))
+        map3 = F.relu(pre3 := self.layer3(map2))
         feature_BS = global_average_pool(F.relu(self.bn2(self.conv2(map3)), inplace=True))
-        return ModelOutput(self.linear(feature_BS), feature_BS, (map1, map2, map3))
+        return ModelOutput(self.linear(feature_BS), feature_BS, (map1, map2, map3), (pre1, pre2, pre3))
 
 
 class _BasicUnit(nn.Module):
     """The paper's figure 3 (c): half of the channels pass unchanged."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, is_last: bool) -> None:
         super().__init__()
+        self.is_last = is_last
         half = width // 2
         self.conv1 = conv1x1(half, half)
         self.bn1 = nn.BatchNorm2d(half)
@@ -57,7 +59,9 @@ class _BasicUnit(nn.Module):
         kept, out = x.chunk(2, dim=1)
         out = F.relu(self.bn1(self.conv1(out)), inplace=True)
         out = self.bn2(self.conv2(out))
-        out = F.relu(self.bn3(self.conv3(out)), inplace=True)
+        out = self.bn3(self.conv3(out))
+        if not self.is_last:
+            out = F.relu(out, inplace=True)
         return channel_shuffle(torch.cat([kept, out], 1), 2)
 
 
@@ -86,7 +90,13 @@ class _DownUnit(nn.Module):
 
 
 def _stage(in_width: int, width: int, basic_units: int) -> nn.Sequential:
-    return nn.Sequential(_DownUnit(in_width, width), *(_BasicUnit(width) for _ in range(basic_units)))
+    """Return the units of a stage; the last ReLU is left to the network.
+
+    The half that passes the last unit unchanged meets that ReLU too, which does nothing to it: it is the output
+    of earlier ReLUs.
+    """
+    units = (_BasicUnit(width, is_last=index == basic_units - 1) for index in range(basic_units))
+    return nn.Sequential(_DownUnit(in_width, width), *units)
 
 
 @MODELS.register("ShuffleV2")

@@ -50,13 +50,15 @@ class CifarVGG(ImageClassifier):
 
     def forward(self, images_BCHW: Tensor) -> ModelOutput:
         x = F.relu(self.block0(images_BCHW), inplace=True)
-        map1 = F.relu(self.block1(F.max_pool2d(x, 2)), inplace=True)
-        map2 = F.relu(self.block2(F.max_pool2d(map1, 2)), inplace=True)
-        map3 = F.relu(self.block3(F.max_pool2d(map2, 2)), inplace=True)
+        # Not in place, for what a block ends with is handed out before its ReLU too.
+        map1 = F.relu(pre1 := self.block1(F.max_pool2d(x, 2)))
+        map2 = F.relu(pre2 := self.block2(F.max_pool2d(map1, 2)))
+        map3 = F.relu(pre3 := self.block3(F.max_pool2d(map2, 2)))
         pooled = F.max_pool2d(map3, 2) if images_BCHW.shape[2] >= 64 else map3
-        map4 = F.relu(self.block4(pooled), inplace=True)
+        map4 = F.relu(pre4 := self.block4(pooled))
         feature_BS = global_average_pool(map4)
-        return ModelOutput(self.classifier(feature_BS), feature_BS, (map1, map2, map3, map4))
+        maps, preactivations = (map1, map2, map3, map4), (pre1, pre2, pre3, pre4)
+        return ModelOutput(self.classifier(feature_BS), feature_BS, maps, preactivations)
 
 
 def _block(in_width: int, width: int, convolutions: int) -> nn.Sequential:

@@ -36,38 +36,45 @@ class WideResNet(ImageClassifier):
         return self.fc
 
     def forward(self, images_BCHW: Tensor) -> ModelOutput:
-        map1 = self.block1(self.conv1(images_BCHW))
-        map2 = self.block2(map1)
-        map3 = self.block3(map2)
-        feature_BS = global_average_pool(F.relu(self.bn1(map3), inplace=True))
-        return ModelOutput(self.fc(feature_BS), feature_BS, (map1, map2, map3))
+        map1, _ = self.block1(self.conv1(images_BCHW))
+        map2, pre1 = self.block2(map1)
+        map3, pre2 = self.block3(map2)
+        pre3 = self.bn1(map3)
+        feature_BS = global_average_pool(F.relu(pre3))
+        return ModelOutput(self.fc(feature_BS), feature_BS, (map1, map2, map3), (pre1, pre2, pre3))
 
 
 class _Block(nn.Module):
-    def __init__(self, in_width: int, width: int, stride: int) -> None:
+    def __init__(self, in_width: int, width: int, stride: int, is_first: bool = False) -> None:
         super().__init__()
+        self.is_first = is_first
         self.bn1 = nn.BatchNorm2d(in_width)
         self.conv1 = conv3x3(in_width, width, stride)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv2 = conv3x3(width, width)
         self.convShortcut = None if in_width == width else conv1x1(in_width, width, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
-        activated = F.relu(self.bn1(x), inplace=True)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the block's output, and what its first ReLU was given."""
+        normalized = self.bn1(x)
+        activated = F.relu(normalized, inplace=not self.is_first)
         shortcut = x if self.convShortcut is None else self.convShortcut(activated)
         out: Tensor = self.conv2(F.relu(self.bn2(self.conv1(activated)), inplace=True))
-        return out + shortcut
+        return out + shortcut, normalized
 
 
 class _Stage(nn.Module):
     def __init__(self, in_width: int, width: int, blocks: int, stride: int) -> None:
         super().__init__()
-        first = _Block(in_width, width, stride)
-        self.layer = nn.Sequential(first, *(_Block(width, width, 1) for _ in range(blocks - 1)))
+        first = _Block(in_width, width, stride, is_first=True)
+        self.layer = nn.ModuleList([first, *(_Block(width, width, 1) for _ in range(blocks - 1))])
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layer(x)
-        return out
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the stage's output, and what the first ReLU in it was given."""
+        x, normalized = self.layer[0](x)
+        for block in self.layer[1:]:
+            x, _ = block(x)
+        return x, normalized
 
 
 def _register(depth: int, widen_factor: int) -> None:

@@ -57,17 +57,43 @@ _STAGES: dict[str, Callable[[nn.Module], list[str]]] = {
 }
 
 
+def _last_activations(model: nn.Module, stages: list[str]) -> list[str]:
+    """Return the ReLU that ends each stage: of ResNets (ResNeXts, Wide ResNets), VGGs, AlexNet; of others none.
+
+    In a ResNet the last block's `relu` serves several times, the last time after the sum; in the others the
+    ReLU is the stage's last layer itself.
+    """
+    names = []
+    for stage in stages:
+        module = model.get_submodule(stage)
+        if isinstance(module, nn.ReLU):
+            names.append(stage)
+        elif isinstance(module, nn.Sequential) and isinstance(getattr(module[-1], "relu", None), nn.ReLU):
+            names.append(f"{stage}.{len(module) - 1}.relu")
+    return names if len(names) == len(stages) else []
+
+
 class TorchvisionClassifier(WrappedClassifier):
     """A torchvision model; `inner` is the model itself."""
 
-    def __init__(self, wrapped: nn.Module, head: str, stages: list[str], channels_last: bool) -> None:
-        super().__init__(wrapped, head, stages)
+    def __init__(
+        self,
+        wrapped: nn.Module,
+        head: str,
+        stages: list[str],
+        channels_last: bool,
+        linear_stages: bool = False,
+    ) -> None:
+        super().__init__(wrapped, head, stages, _last_activations(wrapped, stages))
         self._channels_last = channels_last
+        self._linear_stages = linear_stages
 
     def forward(self, images_BCHW: Tensor) -> ModelOutput:
         output = super().forward(images_BCHW)
         if self._channels_last:
             output.feature_maps = tuple(map_BHWC.permute(0, 3, 1, 2) for map_BHWC in output.feature_maps)
+        if self._linear_stages:
+            output.preactivation_maps = output.feature_maps
         return output
 
     def adapt_checkpoint(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -124,7 +150,14 @@ class TorchvisionSource:
         head = "classifier.1" if name.startswith("squeezenet") else last_linear(network)
         assert head is not None
         wrapper = SqueezeNetClassifier if name.startswith("squeezenet") else TorchvisionClassifier
-        model = wrapper(network, head, stages, channels_last=name.startswith("swin"))
+        model = wrapper(
+            network,
+            head,
+            stages,
+            channels_last=name.startswith("swin"),
+            # Their stages end in a linear bottleneck: no ReLU follows.
+            linear_stages=name.startswith(("mnasnet", "mobilenet")),
+        )
         try_out(model, f"torchvision/{name}", task)
         return model
 

@@ -21,9 +21,12 @@ class WrappedClassifier(ImageClassifier):
         wrapped: images [B, 3, H, W] to logits [B, C]; its state dict keeps its own names, see `inner`.
         head: the name of its last linear layer.
         stages: the names of the modules that put out the feature maps.
+        activations: the names of the modules that a stage runs last, its ReLU, one a stage; none if unknown.
     """
 
-    def __init__(self, wrapped: nn.Module, head: str, stages: Sequence[str] = ()) -> None:
+    def __init__(
+        self, wrapped: nn.Module, head: str, stages: Sequence[str] = (), activations: Sequence[str] = ()
+    ) -> None:
         super().__init__()
         self.wrapped = wrapped
         self._head = head
@@ -31,6 +34,11 @@ class WrappedClassifier(ImageClassifier):
         wrapped.get_submodule(head).register_forward_pre_hook(_RecordInput(self._recorder))
         for stage in stages:
             wrapped.get_submodule(stage).register_forward_hook(_RecordOutput(self._recorder))
+        for index, name in enumerate(activations):
+            activation = wrapped.get_submodule(name)
+            assert isinstance(activation, nn.ReLU)
+            activation.inplace = False  # else it would overwrite what is noted
+            activation.register_forward_pre_hook(_RecordLastInput(self._recorder, index))
 
     @property
     def head(self) -> nn.Linear:
@@ -45,9 +53,10 @@ class WrappedClassifier(ImageClassifier):
     def forward(self, images_BCHW: Tensor) -> ModelOutput:
         self._recorder.start()
         logits_BC, maps = self.run_wrapped(images_BCHW)
-        inputs, outputs = self._recorder.stop()
+        inputs, outputs, last_inputs = self._recorder.stop()
         assert len(inputs) == 1
-        return ModelOutput(logits_BC, inputs[0], maps or tuple(outputs))
+        preactivations = tuple(last_inputs[index] for index in sorted(last_inputs))
+        return ModelOutput(logits_BC, inputs[0], maps or tuple(outputs), preactivations)
 
     def run_wrapped(self, images_BCHW: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the logits [B, C], and the feature maps if the wrapped model itself returns them."""
@@ -86,16 +95,17 @@ class _Recorder:
         self.active = False
         self.inputs: list[Tensor] = []
         self.outputs: list[Tensor] = []
+        self.last_inputs: dict[int, Tensor] = {}
 
     def start(self) -> None:
         self.active = True
-        self.inputs, self.outputs = [], []
+        self.inputs, self.outputs, self.last_inputs = [], [], {}
 
-    def stop(self) -> tuple[list[Tensor], list[Tensor]]:
+    def stop(self) -> tuple[list[Tensor], list[Tensor], dict[int, Tensor]]:
         self.active = False
-        inputs, outputs = self.inputs, self.outputs
-        self.inputs, self.outputs = [], []
-        return inputs, outputs
+        found = self.inputs, self.outputs, self.last_inputs
+        self.inputs, self.outputs, self.last_inputs = [], [], {}
+        return found
 
 
 @dataclass(eq=False)
@@ -105,6 +115,18 @@ class _RecordInput:
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self.recorder.active:
             self.recorder.inputs.append(args[0])
+
+
+@dataclass(eq=False)
+class _RecordLastInput:
+    """A block may run the same ReLU several times: the last one counts."""
+
+    recorder: _Recorder
+    index: int
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.recorder.active:
+            self.recorder.last_inputs[self.index] = args[0]
 
 
 @dataclass(eq=False)
