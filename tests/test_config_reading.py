@@ -418,7 +418,7 @@ dataset: {name: digits, imagesize: 3, limit: true, mean: 3, std: [0, 1, 1], imag
 augmentation: {recipe: cfar, flip: maybe}
 views: {edge: {strength: 9, prompts: [3]}, hue: {}, original: 7}
 teacher: {visual: {model: 3, mean: [1, 2], checkpoint: 2024-01-01}, text: {fit: {epochs: 0}, model: {}}}
-knowledge: {dtype: int8, visual: {num_gpus: -1}, views: null}
+knowledge: {dtype: int16, visual: {num_gpus: -1}, views: null}
 student: resnet8
 distiller: {strategy: {name: dkd, temperature: -1, x: 1}, views: edge, clip_temperature: .nan}
 training: {epochs: null, milestones: [x], optimizer: adam, learning_rate: .inf, seed: -1}

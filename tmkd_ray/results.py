@@ -70,6 +70,8 @@ class EpochRecord(Settings):
         validation_accuracy: None where it was not measured.
         seconds: wall-clock time of the epoch.
         images_per_second: trained images, all workers together.
+        data_seconds: of the training, spent waiting for batches, on the first worker; None in older results.
+        data_share: that as a part of the time spent training, without validation.
     """
 
     epoch: Annotated[int, Field(ge=1)]
@@ -80,6 +82,8 @@ class EpochRecord(Settings):
     validation_accuracy: Accuracy | None = None
     seconds: Seconds
     images_per_second: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    data_seconds: Seconds | None = None
+    data_share: Accuracy | None = None
 
 
 class TrainingRecord(Settings):

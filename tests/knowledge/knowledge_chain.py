@@ -52,8 +52,8 @@ class Chain:
 
     def plans(self) -> list[ShardPlan]:
         return [
-            *plan_shards("train", self.train, SHARD_ROWS),
-            *plan_shards("validation", self.validation, SHARD_ROWS),
+            *plan_shards("train", self.train, SHARD_ROWS, VARIANTS),
+            *plan_shards("validation", self.validation, SHARD_ROWS, 1),
         ]
 
     def stages(self) -> list[Callable[[pa.Table], pa.Table]]:
@@ -78,7 +78,9 @@ class Chain:
 
     def finish(self, store: KnowledgeStore) -> Manifest:
         store.write_head(self.visual.head_weight, self.visual.head_bias)
-        return store.finish(self.dataset.class_names, self.layouts)
+        plans = self.plans()
+        expected = {split: sum(plan.split == split for plan in plans) for split in self.layouts}
+        return store.finish(self.dataset.class_names, self.layouts, expected)
 
     def write(self, folder: Path, order: Callable[[list[ShardPlan]], list[ShardPlan]] = list) -> KnowledgeStore:
         """Compute a whole store."""

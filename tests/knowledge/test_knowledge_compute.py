@@ -1,5 +1,6 @@
 """What the chain of stages writes, against the same thing computed image by image."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
 
-from tmkd_ray.augmentation import draw_parameters, sample_keys, variant_offsets
+from tmkd_ray.augmentation import PARAMETERS, draw_parameters, sample_keys, variant_offsets
 from tmkd_ray.datasets import build_dataset
 from tmkd_ray.datasets.image_folder import ImageFolderConfig
 from tmkd_ray.errors import UserError
@@ -57,7 +58,7 @@ def pixels_of_views(chain: Chain, arrays: KnowledgeArrays) -> np.ndarray:
     return np.array(
         [
             [
-                [view(crop(image, *parameters)[None])[0] for view in chain.views.values()]
+                [view(crop(image, *parameters[:5])[None])[0] for view in chain.views.values()]
                 for parameters in augmentation
             ]
             for image, augmentation in zip(arrays.images, arrays.augmentation.tolist(), strict=True)
@@ -121,10 +122,11 @@ def test_augmentation(chain: Chain, store: KnowledgeStore) -> None:
     for row, sample in enumerate(train.ids):
         alone = draw_parameters(CIFAR, sample_keys(np.array([sample]), SEED), np.arange(VARIANTS), SIZE)
         np.testing.assert_array_equal(train.augmentation[row], alone[0])
-    assert len(np.unique(train.augmentation.reshape(-1, 5), axis=0)) > 20
+    assert len(np.unique(train.augmentation.reshape(-1, len(PARAMETERS)), axis=0)) > 20
     validation = store.read("validation")
-    assert validation.augmentation.shape == (len(chain.validation), 1, 5)
-    assert np.unique(validation.augmentation.reshape(-1, 5), axis=0).tolist() == [[0, 0, SIZE, SIZE, 0]]
+    assert validation.augmentation.shape == (len(chain.validation), 1, len(PARAMETERS))
+    kept = [0, 0, SIZE, SIZE] + [0] * (len(PARAMETERS) - 4)
+    assert np.unique(validation.augmentation.reshape(-1, len(PARAMETERS)), axis=0).tolist() == [kept]
 
 
 def test_student_sees_what_the_teacher_saw(chain: Chain, store: KnowledgeStore) -> None:
@@ -157,11 +159,11 @@ def test_student_sees_what_the_teacher_saw(chain: Chain, store: KnowledgeStore) 
 
 
 def test_plans_cover_the_index_once(chain: Chain) -> None:
-    plans = plan_shards("train", chain.train, SHARD_ROWS)
+    plans = plan_shards("train", chain.train, SHARD_ROWS, VARIANTS)
     assert [plan.number for plan in plans] == list(range(len(plans)))
     assert [len(plan.index) for plan in plans] == [8] * (len(chain.train) // 8) + [len(chain.train) % 8]
     assert np.concatenate([plan.index.ids for plan in plans]).tolist() == chain.train.ids.tolist()
-    assert plan_shards("train", chain.train.take(np.arange(0)), SHARD_ROWS) == []
+    assert plan_shards("train", chain.train.take(np.arange(0)), SHARD_ROWS, VARIANTS) == []
 
 
 def test_plan_survives_the_journey(chain: Chain) -> None:
@@ -318,6 +320,43 @@ def test_features_too_large_for_float16(dtype: str, chain: Chain) -> None:
             stage(table)
     else:
         stage(table)
+
+
+class Poisoned(VisualTeacher):
+    """NaN, or another value, in one feature of one call's third image."""
+
+    value = float("nan")
+
+    def forward(self, images_BHWC: torch.Tensor) -> torch.Tensor:
+        feature_BD = super().forward(images_BHWC)
+        feature_BD[2, 5] = self.value
+        return feature_BD
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_the_image_of_which_a_teacher_says_nan_is_named(chain: Chain, value: float) -> None:
+    teacher = Poisoned(chain.visual.model, MEAN, STD)
+    teacher.value = value
+    plan = chain.plans()[1]
+    table = chain.stages()[0](plan.to_table())
+    # Each batch is the nine views of one image: the first bad one is the first image's third.
+    stage = VisualStage(teacher, chain.layouts, "cpu", 9)
+    first = re.escape(f"the image {plan.index.ids[0]} (view high_frequency, variant 0)")
+    with pytest.raises(UserError, match=rf"teacher\.visual\) returned NaN or infinite values for {first}"):
+        stage(table)
+
+
+def test_channels_first_and_compiled_say_the_same_up_to_rounding(chain: Chain) -> None:
+    table = chain.stages()[0](chain.plans()[0].to_table())
+    layouts = {split: replace(layout, dtype="float32") for split, layout in chain.layouts.items()}
+    outputs = []
+    for channels_last in (True, False):
+        stage = VisualStage(build_visual_teacher(), layouts, "cpu", 16, channels_last=channels_last)
+        column = stage(table).column("feature")[0].as_buffer()
+        outputs.append(np.frombuffer(column, np.float32))
+        weight = stage.model.model.conv1.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+    np.testing.assert_allclose(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])

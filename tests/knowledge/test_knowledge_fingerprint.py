@@ -1,6 +1,7 @@
 """A store is reused exactly when it fits, and a refusal names every difference."""
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,16 @@ def test_a_claimed_folder_takes_nothing_else(chain: Chain, tmp_path: Path) -> No
     assert contents(tmp_path) == before
     KnowledgeStore(str(tmp_path)).begin(FINGERPRINT)
     assert contents(tmp_path) == before
+
+
+def test_a_finished_store_stays_claimed(chain: Chain, tmp_path: Path) -> None:
+    """Though not one of its shards is left."""
+    store = chain.write(tmp_path)
+    for split in ("train", "validation"):
+        shutil.rmtree(tmp_path / split)
+    with pytest.raises(KnowledgeMismatchError):
+        store.begin({**FINGERPRINT, "version": 2})
+    store.begin(FINGERPRINT)
 
 
 @pytest.fixture(scope="module")

@@ -1,20 +1,25 @@
 """Columns of a shard: arrays as fixed-size binary values."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tmkd_ray.augmentation import PARAMETERS
 from tmkd_ray.errors import UserError
 from tmkd_ray.knowledge.layout import KnowledgeLayout, decode_array, encode_array
 
 WITH_CLIP = KnowledgeLayout(("original", "edge"), 4, 16, 64, 24)
 WITHOUT_CLIP = KnowledgeLayout(("original",), 1, 8, 10, None, dtype="float32")
+INT8 = replace(WITH_CLIP, dtype="int8", image_format="jpeg")
+REFERENCE = replace(WITHOUT_CLIP, dtype="int8", image_format="reference")
+P = len(PARAMETERS)
 
 
-@pytest.mark.parametrize("layout", [WITH_CLIP, WITHOUT_CLIP])
+@pytest.mark.parametrize("layout", [WITH_CLIP, WITHOUT_CLIP, INT8, REFERENCE])
 def test_round_trip_through_a_file(layout: KnowledgeLayout) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(layout.schema().empty_table(), sink)
@@ -29,14 +34,31 @@ def test_columns_as_documented() -> None:
         "id": pa.string(),
         "label": pa.int64(),
         "image": pa.binary(16 * 16 * 3),
-        "augmentation": pa.binary(4 * 5 * 2),
+        "augmentation": pa.binary(4 * P * 2),
         "feature": pa.binary(4 * 2 * 64 * 2),
         "clip_embedding": pa.binary(4 * 2 * 24 * 2),
     }
-    assert WITH_CLIP.bytes_per_image() == 768 + 40 + 1024 + 384
+    assert WITH_CLIP.bytes_per_image() == 768 + 8 * P + 1024 + 384
     assert WITHOUT_CLIP.schema().names == ["id", "label", "image", "augmentation", "feature"]
-    assert WITHOUT_CLIP.bytes_per_image() == 192 + 10 + 40
+    assert WITHOUT_CLIP.bytes_per_image() == 192 + 2 * P + 40
     assert {dtype.str for dtype, _ in WITH_CLIP.arrays().values()} == {"|u1", "<i2", "<f2"}
+
+
+def test_columns_of_other_formats() -> None:
+    assert dict(zip(INT8.schema().names, INT8.schema().types, strict=True)) == {
+        "id": pa.string(),
+        "label": pa.int64(),
+        "image": pa.binary(),
+        "augmentation": pa.binary(4 * P * 2),
+        "feature": pa.binary(4 * 2 * 64),
+        "feature_scale": pa.binary(4 * 2 * 4),
+        "clip_embedding": pa.binary(4 * 2 * 24),
+        "clip_embedding_scale": pa.binary(4 * 2 * 4),
+    }
+    assert REFERENCE.schema().names == ["id", "label", "augmentation", "feature", "feature_scale"]
+    assert REFERENCE.bytes_per_image() == 2 * P + 10 + 4
+    assert [layout.has_encoded_images for layout in (WITH_CLIP, INT8, REFERENCE)] == [False, True, False]
+    assert {dtype.str for dtype, _ in INT8.arrays().values()} == {"<i2", "|i1", "<f4"}
 
 
 def test_a_foreign_file_is_refused() -> None:

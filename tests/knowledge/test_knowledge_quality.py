@@ -8,6 +8,7 @@ import pytest
 import torch
 from knowledge_chain import Chain, digits_chain
 
+from tmkd_ray.augmentation import PARAMETERS
 from tmkd_ray.fusion import TeacherConstants, Weighting
 from tmkd_ray.knowledge.layout import KnowledgeLayout
 from tmkd_ray.knowledge.quality import measure_quality
@@ -54,7 +55,7 @@ def arrays(constants: TeacherConstants) -> KnowledgeArrays:
         ids=np.array([str(i) for i in range(N)]),
         labels=labels,
         images=np.zeros((N, 8, 8, 3), np.uint8),
-        augmentation=np.zeros((N, K, 5), np.int16),
+        augmentation=np.zeros((N, K, len(PARAMETERS)), np.int16),
         feature=np.stack([feature, -feature], axis=1).astype(np.float16),
         clip_embedding=np.stack([clip, -clip], axis=1).astype(np.float16),
     )

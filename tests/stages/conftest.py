@@ -1,6 +1,7 @@
 """One local Ray for all tests of the stages."""
 
 import pytest
+from tiny_road import TINY
 
 import tmkd_ray.stages  # noqa: F401 (sets Ray's environment before Ray is imported)
 
@@ -15,3 +16,13 @@ def ray_cluster():
     start_local_ray(num_cpus=4)
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_run(ray_cluster, tmp_path_factory):
+    """A finished tiny run; tests that change it work on their own output folder."""
+    from tmkd_ray.cli import main
+
+    output = tmp_path_factory.mktemp("runs")
+    assert main(["run", *TINY, f"output={output}"]) == 0
+    return output

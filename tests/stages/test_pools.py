@@ -3,7 +3,7 @@
 import pytest
 
 from tmkd_ray.config import PoolConfig, TeacherPoolConfig
-from tmkd_ray.stages import knowledge
+from tmkd_ray.stages import knowledge, pipeline
 
 
 @pytest.mark.parametrize(
@@ -23,9 +23,9 @@ from tmkd_ray.stages import knowledge
     ],
 )
 def test_actors_that_do_not_say_share_what_gpus_are_left(monkeypatch, gpus, pools, share):
-    monkeypatch.setattr(knowledge, "num_gpus", lambda: float(gpus))
+    monkeypatch.setattr(pipeline, "num_gpus", lambda: float(gpus))
     configs = [TeacherPoolConfig(**pool) for pool in pools]
-    assert knowledge._gpu_share(configs) == pytest.approx(share)
+    assert pipeline.gpu_share(configs) == pytest.approx(share)
     # All pools at their smallest find places at once, else the job would wait for ever: an actor's share lies
     # on one GPU, so actors of equal share fill each GPU with as many as fit.
     if share and all(pool.num_gpus is None for pool in configs):
@@ -33,10 +33,10 @@ def test_actors_that_do_not_say_share_what_gpus_are_left(monkeypatch, gpus, pool
 
 
 def test_each_pool_has_its_own_size_and_share():
-    options = knowledge._pool(PoolConfig(min_size=2, max_size=5, num_cpus=3), 0.25)
+    options = pipeline._pool(PoolConfig(min_size=2, max_size=5, num_cpus=3), 0.25)
     assert (options["compute"].min_size, options["compute"].max_size) == (2, 5)
     assert (options["num_cpus"], options["num_gpus"]) == (3, 0.25)
-    assert knowledge._pool(PoolConfig(), 0.0)["num_gpus"] is None
+    assert pipeline._pool(PoolConfig(), 0.0)["num_gpus"] is None
 
 
 def test_large_images_make_small_shards():

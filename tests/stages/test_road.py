@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_road import TINY
 from torch import nn
 
 from tmkd_ray.cli import main
@@ -22,33 +23,6 @@ from tmkd_ray.training.loop import StepOutput, TrainTask
 from tmkd_ray.types import LossOutput, TaskSpec
 
 pytestmark = pytest.mark.ray
-
-TINY = [
-    "dataset=digits",
-    "dataset.limit=240",
-    "name=tiny",
-    "teacher.visual.model=resnet8",
-    "teacher.visual.fit.epochs=2",
-    "teacher.text.fit.epochs=2",
-    "teacher.text.architecture={patch_size: 8, vision_layers: 1, vision_width: 32, text_layers: 1, "
-    "text_width: 32, embedding_width: 16}",
-    "knowledge.num_variants=2",
-    "knowledge.shard_rows=64",
-    "knowledge.visual.batch_size=64",
-    "knowledge.text.batch_size=64",
-    "training.epochs=3",
-    "training.labels_per_class=5",
-    "methods={alone: alone, kd: kd, tmkd: tmkd}",
-    "seeds=[0, 1]",
-]
-
-
-@pytest.fixture(scope="module")
-def tiny_run(ray_cluster, tmp_path_factory):
-    """A finished tiny run; tests that change it work on their own output folder."""
-    output = tmp_path_factory.mktemp("runs")
-    assert main(["run", *TINY, f"output={output}"]) == 0
-    return output
 
 
 def test_a_run_leaves_results_report_and_config(tiny_run):
@@ -113,7 +87,8 @@ def test_a_teacher_that_returns_nan_is_an_error_for_people(ray_cluster, tmp_path
     options = [*TINY, f"output={tmp_path}", "distiller=kd", "methods={}", "teacher.text=null"]
     assert main(["knowledge", *options, f"teacher.visual.checkpoint={tmp_path / 'nan.pth'}"]) == 2
     said = capsys.readouterr().err
-    assert "error: the visual teacher returned NaN or infinite features" in said
+    assert "error: the visual teacher (teacher.visual) returned NaN or infinite values for the image" in said
+    assert "digits/" in said
     assert "Traceback" not in said
 
 
@@ -143,8 +118,8 @@ def test_the_store_is_that_of_a_plain_loop_byte_for_byte(tiny_run, tmp_path):
             ClipStage(ClipTeacher.load(clip.path), layouts, "cpu", 64),
             ShardWriter(plain, layouts),
         ]
-        plans = plan_shards("train", experiment.train, 64) + plan_shards(
-            "validation", experiment.validation, 64
+        plans = plan_shards("train", experiment.train, 64, 2) + plan_shards(
+            "validation", experiment.validation, 64, 1
         )
         for plan in reversed(plans):
             table = plan.to_table()
@@ -161,14 +136,15 @@ def test_lost_shards_are_computed_again_and_only_they(tiny_run, tmp_path, capsys
     options = [*TINY, f"output={tiny_run}", f"knowledge.path={store}"]
     assert main(["knowledge", *options]) == 0
     before = {path.name: path.read_bytes() for path in (store / "train").iterdir()}
-    kept_time = (store / "train" / "00000.parquet").stat().st_mtime_ns
+    (kept,) = (store / "train").glob("00000-*.parquet")
+    kept_time = kept.stat().st_mtime_ns
     (store / "manifest.json").unlink()
     (store / "train" / "00001.json").unlink()  # killed after the shard was written, before it was committed
     capsys.readouterr()
     assert main(["knowledge", *options]) == 0
     assert "in 1 shards" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in (store / "train").iterdir()} == before
-    assert (store / "train" / "00000.parquet").stat().st_mtime_ns == kept_time
+    assert kept.stat().st_mtime_ns == kept_time
 
 
 def test_unreadable_images_are_set_aside_and_listed(ray_cluster, tmp_path, capsys):
@@ -223,7 +199,7 @@ class _DyingTask(TrainTask):
         self.num_samples = 4
         self.epochs = []
 
-    def batches(self, epoch, context):
+    def batches(self, epoch, context, first_step=0):
         self.epochs.append(epoch)
         if epoch == 2 and context.rank == 0 and not os.path.exists(self.flag):
             open(self.flag, "w").close()

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from tmkd_ray.augmentation import apply_crop_torch
+from tmkd_ray.augmentation import PARAMETERS, augment
 from tmkd_ray.teachers.pixels import Normalize, weights_fingerprint
 
 MEAN, STD = (0.507, 0.487, 0.441), (0.267, 0.256, 0.276)
@@ -42,7 +42,9 @@ def test_channels_first_and_last_are_the_same_input(images: torch.Tensor) -> Non
 
 def test_normalize_reads_what_the_student_gets(images: torch.Tensor) -> None:
     square = images[:, :, :5]
-    crops = apply_crop_torch(square, torch.tensor([[0, 0, 5, 5, 0]] * 4, dtype=torch.int16))
+    parameters = torch.zeros(4, len(PARAMETERS), dtype=torch.int16)
+    parameters[:, 2:4] = 5
+    crops = augment(square, parameters).permute(0, 3, 1, 2)
     np.testing.assert_allclose(Normalize(MEAN, STD)(crops).numpy(), formula(square), rtol=1e-5, atol=1e-6)
 
 

@@ -30,10 +30,10 @@ def test_the_bank_has_a_row_and_the_label_of_each_training_image(
     config = training(epochs=1, batch_size=4, labels_per_class=labels_per_class)
     task = student_task(config, DISTILLER, train=knowledge(0, 40))
     strategy = strategy_of(task)
-    assert len(strategy.bank_labels) == len(task.data) == (40 if labels_per_class is None else 20)
+    assert len(strategy.bank_labels) == len(task.source) == (40 if labels_per_class is None else 20)
     run(task, config, tmp_path)
-    assert strategy.step == len(task.data) // 4
-    assert torch.equal(strategy.bank_labels, task.data.labels)
+    assert strategy.step == len(task.source) // 4
+    assert torch.equal(strategy.bank_labels, task.source.labels)
 
 
 def test_resumed_training_is_that_of_one_that_was_not_interrupted(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from training_samples import (
     views,
 )
 
-from tmkd_ray.augmentation import apply_crop, draw_parameters, sample_keys
+from tmkd_ray.augmentation import augment, draw_parameters, sample_keys
 from tmkd_ray.datasets.digits import CLASS_NAMES
 from tmkd_ray.models import build_model, load_checkpoint
 from tmkd_ray.models.base import ImageClassifier
@@ -75,7 +75,8 @@ def test_every_image_once_through_one_view() -> None:
         chosen = torch.cat([batch.view_indices for batch in batches])
         assert (images.dtype, images.shape) == (torch.uint8, (48, SIZE, SIZE, 3))
         for position, row in enumerate(order[:48]):
-            crop = apply_crop(loaded.images[row][None], parameters[row][None])
+            image, drawn = torch.from_numpy(loaded.images[row][None]), torch.from_numpy(parameters[row][None])
+            crop = augment(image, drawn).numpy()
             view = list(views().values())[int(chosen[position])]
             np.testing.assert_array_equal(images[position], view(crop)[0])
             assert labels[position] == loaded.labels[row]

@@ -7,10 +7,11 @@ import pytest
 import torch
 from training_samples import CIFAR, SIZE, knowledge
 
-from tmkd_ray.augmentation import apply_crop, draw_parameters, sample_keys, variant_offsets
+from tmkd_ray.augmentation import augment, draw_parameters, sample_keys, variant_offsets
 from tmkd_ray.errors import UserError
+from tmkd_ray.knowledge.quantization import quantize
 from tmkd_ray.knowledge.store import KnowledgeArrays
-from tmkd_ray.training.loader import ResidentKnowledge, epoch_order, worker_batches
+from tmkd_ray.training.loader import ResidentImages, ResidentKnowledge, epoch_order, worker_batches
 
 CPU = torch.device("cpu")
 N, K, SEED = 30, 3, 4
@@ -68,8 +69,19 @@ def numbered() -> KnowledgeArrays:
     )
 
 
-def resident(positions: np.ndarray | None = None, with_teacher: bool = True) -> ResidentKnowledge:
-    return ResidentKnowledge(numbered(), CPU, CIFAR, SEED, positions, with_teacher)
+def resident(positions: np.ndarray | None = None) -> ResidentKnowledge:
+    return ResidentKnowledge(numbered(), CPU, CIFAR, SEED, positions)
+
+
+def images_alone(positions: np.ndarray | None = None, seed: int = SEED) -> ResidentImages:
+    arrays = numbered()
+    rows = slice(None) if positions is None else positions
+    assert arrays.images is not None
+    return ResidentImages(arrays.images[rows], arrays.labels[rows], arrays.ids[rows], CPU, CIFAR, seed)
+
+
+def crop(images: np.ndarray, parameters: np.ndarray) -> np.ndarray:
+    return augment(torch.from_numpy(images), torch.from_numpy(parameters)).numpy()
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 2, 3, 100])
@@ -89,7 +101,7 @@ def test_variant_of_the_epoch(epoch: int) -> None:
             assert (batch.knowledge.feature[position] == row * 10 + variant).all()
             assert (batch.knowledge.clip_embedding[position] == -(row * 10 + variant)).all()
             assert batch.labels[position] == arrays.labels[row]
-            pixels = apply_crop(arrays.images[row][None], arrays.augmentation[row, variant][None])[0]
+            pixels = crop(arrays.images[row][None], arrays.augmentation[row, variant][None])[0]
             np.testing.assert_array_equal(batch.images[position].permute(1, 2, 0), pixels)
             seen += 1
     assert seen == 28
@@ -116,7 +128,7 @@ def test_types_and_shapes() -> None:
 
 def test_without_a_teacher_augmentation_is_fresh() -> None:
     """No stored output has to fit the pixels, so no epoch's are those of another, or of the store."""
-    arrays, data = numbered(), resident(with_teacher=False)
+    arrays, data = numbered(), images_alone()
     keys = sample_keys(arrays.ids, SEED)
     drawn = []
     for epoch in (0, 1, 7):
@@ -125,7 +137,7 @@ def test_without_a_teacher_augmentation_is_fresh() -> None:
         drawn.append(parameters)
         (batch,) = data.batches(epoch, N, SEED, 0, 1)
         assert batch.knowledge is None
-        expected = apply_crop(arrays.images[order], parameters[order])
+        expected = crop(arrays.images[order], parameters[order])
         np.testing.assert_array_equal(batch.images.permute(0, 2, 3, 1), expected)
         np.testing.assert_array_equal(batch.labels, arrays.labels[order])
     assert (drawn[0] != drawn[1]).any()
@@ -133,11 +145,7 @@ def test_without_a_teacher_augmentation_is_fresh() -> None:
 
 
 def test_fresh_augmentation_depends_on_the_seed() -> None:
-    arrays = numbered()
-    first, second = (
-        ResidentKnowledge(arrays, CPU, CIFAR, seed, with_teacher=False).batches(0, N, 0, 0, 1)
-        for seed in (0, 1)
-    )
+    first, second = (images_alone(seed=seed).batches(0, N, 0, 0, 1) for seed in (0, 1))
     assert not torch.equal(next(first).images, next(second).images)
 
 
@@ -145,7 +153,7 @@ def test_fresh_augmentation_depends_on_the_seed() -> None:
 def test_chosen_rows_alone(with_teacher: bool) -> None:
     """The chosen rows keep their pixels and variants; the others are never seen."""
     positions = np.array([3, 4, 11, 25])
-    arrays, data = numbered(), resident(positions, with_teacher)
+    arrays, data = numbered(), resident(positions) if with_teacher else images_alone(positions)
     assert len(data) == 4
     keys = sample_keys(arrays.ids, SEED)
     for epoch in range(K):
@@ -158,9 +166,7 @@ def test_chosen_rows_alone(with_teacher: bool) -> None:
             parameters = arrays.augmentation[rows, variants]
         else:
             parameters = draw_parameters(CIFAR, keys[rows], np.array([epoch]), SIZE)[:, 0]
-        np.testing.assert_array_equal(
-            batch.images.permute(0, 2, 3, 1), apply_crop(arrays.images[rows], parameters)
-        )
+        np.testing.assert_array_equal(batch.images.permute(0, 2, 3, 1), crop(arrays.images[rows], parameters))
         np.testing.assert_array_equal(batch.labels, arrays.labels[rows])
 
 
@@ -180,3 +186,39 @@ def test_without_clip() -> None:
     batch = next(data.batches(0, 8, SEED, 0, 1))
     assert batch.knowledge is not None
     assert batch.knowledge.clip_embedding is None
+
+
+@pytest.mark.parametrize("first_step", [0, 1, 3, 4])
+def test_skipped_steps_are_those_of_an_epoch_from_its_start(first_step: int) -> None:
+    for data in (resident(), images_alone()):
+        whole = list(data.batches(2, 7, SEED, 1, 1 + 1))[first_step:]
+        rest = list(data.batches(2, 7, SEED, 1, 1 + 1, first_step))
+        assert len(rest) == len(whole) == max(0, N // 6 - first_step)
+        for left, right in zip(rest, whole, strict=True):
+            assert torch.equal(left.indices, right.indices)
+            assert torch.equal(left.images, right.images)
+
+
+def test_vectors_of_eight_bits_come_back_by_their_scales() -> None:
+    arrays = knowledge(0, N, num_variants=K)
+    assert arrays.feature is not None
+    assert arrays.clip_embedding is not None
+    feature, feature_scale = quantize(arrays.feature.astype(np.float32))
+    embedding, embedding_scale = quantize(arrays.clip_embedding.astype(np.float32))
+    packed = replace(
+        arrays,
+        feature=feature,
+        feature_scale=feature_scale,
+        clip_embedding=embedding,
+        clip_embedding_scale=embedding_scale,
+    )
+    (batch,) = ResidentKnowledge(packed, CPU, CIFAR, SEED).batches(1, N, SEED, 0, 1)
+    (exact,) = ResidentKnowledge(arrays, CPU, CIFAR, SEED).batches(1, N, SEED, 0, 1)
+    assert batch.knowledge is not None
+    assert exact.knowledge is not None
+    for name in ("feature", "clip_embedding"):
+        got, wanted = getattr(batch.knowledge, name), getattr(exact.knowledge, name).float()
+        assert got.dtype == torch.float32
+        bound = wanted.abs().amax(-1, keepdim=True) / 127 / 2
+        assert ((got - wanted).abs() <= bound * 1.0001 + 1e-7).all()
+        assert not torch.equal(got, wanted)

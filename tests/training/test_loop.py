@@ -1,5 +1,6 @@
 """The loop on one worker: the same seed, the same weights; interrupted or not; best epoch; precision."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from tmkd_ray.config import TrainingConfig
 from tmkd_ray.errors import UserError
 from tmkd_ray.models import ImageClassifier, build_model, load_checkpoint
 from tmkd_ray.settings import Precision
+from tmkd_ray.training.checkpoint import read_checkpoint
 from tmkd_ray.training.context import PlainContext
-from tmkd_ray.training.loop import DivergedError, TrainTask
+from tmkd_ray.training.loop import DivergedError, TrainTask, train
 from tmkd_ray.types import TaskSpec
 
 
@@ -49,6 +51,14 @@ TASKS: dict[str, tuple[BuildTask, dict[str, Any]]] = {
     "clip": (
         lambda config, seed: clip_task(config, initial_seed=seed),
         {"optimizer": "adamw", "learning_rate": 1e-3, "warmup_epochs": 1},
+    ),
+    "average, one cycle, micro-batches": (
+        lambda config, seed: student_task(config, "kd", resnet8, initial_seed=seed),
+        {"ema_decay": 0.9, "schedule": "one_cycle", "warmup_epochs": 1.5, "gradient_accumulation": 2},
+    ),
+    "mixed": (
+        lambda config, seed: student_task(config, "alone", initial_seed=seed),
+        {"mixup": 0.5, "cutmix": 1.0, "ema_decay": 0.5, "gradient_accumulation": 3},
     ),
 }
 
@@ -75,6 +85,20 @@ def test_same_seed_same_weights(trained: tuple[BuildTask, TrainingConfig], tmp_p
         assert_same_weights(resumed.weights, expected.weights)
         assert timeless(resumed.history) == timeless(expected.history)
         assert (resumed.best_epoch, resumed.accuracy) == (expected.best_epoch, expected.accuracy)
+
+
+def test_interrupted_within_an_epoch(trained: tuple[BuildTask, TrainingConfig], tmp_path: Path) -> None:
+    """Bit by bit, and whether or not the uninterrupted run wrote checkpoints within its epochs."""
+    build, config = trained
+    expected = run(build(config, 0), config, tmp_path / "whole")
+    config = config.model_copy(update={"checkpoint_every_steps": 1})
+    folder = tmp_path / "interrupted"
+    for epoch in (0, 2):
+        interrupt(build(config, epoch), config, folder, epoch, step=1)
+    resumed = run(build(config, 99), config, folder)
+    assert_same_weights(resumed.weights, expected.weights)
+    assert timeless(resumed.history) == timeless(expected.history)
+    assert (resumed.best_epoch, resumed.accuracy) == (expected.best_epoch, expected.accuracy)
 
 
 def test_another_seed_other_weights(tmp_path: Path) -> None:
@@ -192,6 +216,36 @@ def test_learning_rate_follows_the_schedule(tmp_path: Path) -> None:
     assert [record.learning_rate for record in outcome.history] == pytest.approx([1, 0.1, 0.01, 0.01])
 
 
+def test_learning_rate_moves_within_an_epoch(tmp_path: Path) -> None:
+    """A cosine over one epoch of three steps of gradient 1: rates 1, 3/4, 1/4."""
+    config = scripted(epochs=1, schedule="cosine")
+    outcome = run(ScriptedTask([0.5], steps=3), config, tmp_path)
+    assert outcome.weights["weight"].item() == pytest.approx(-2.0)
+
+
+def test_checkpoints_within_epochs(tmp_path: Path) -> None:
+    """After two of four steps; after the fourth the epoch's own."""
+    config = scripted(epochs=2, checkpoint_every_steps=2)
+    train(ScriptedTask([0.5] * 2, steps=4), config, PlainContext(tmp_path, quiet=True, keep=9), "run", "test")
+    found = [read_checkpoint(folder, "run") for folder in sorted(tmp_path.iterdir())]
+    at = [(state.epoch, state.partial.steps) for state, _ in (pair for pair in found if pair is not None)]
+    assert at == [(0, 2), (1, 0), (1, 2), (2, 0)]
+
+
+def test_time_is_told_apart(tmp_path: Path) -> None:
+    class Slow(ScriptedTask):
+        def batches(self, epoch: int, context: PlainContext, first_step: int = 0) -> Any:  # type: ignore[override]
+            for batch in super().batches(epoch, context, first_step):
+                time.sleep(0.05)
+                yield batch
+
+    (record,) = run(Slow([0.5], steps=3), scripted(epochs=1), tmp_path).history
+    assert record.data_seconds is not None
+    assert record.data_share is not None
+    assert 0.15 <= record.data_seconds <= record.seconds
+    assert record.data_share == pytest.approx(record.data_seconds * record.images_per_second / 12)
+
+
 def test_train_accuracy(tmp_path: Path) -> None:
     config = training(epochs=10, optimizer="adamw", learning_rate=0.01)
     history = run(student_task(config, "alone"), config, tmp_path).history
@@ -254,7 +308,7 @@ def test_divergence_names_term_and_epoch(epoch: int, tmp_path: Path) -> None:
     assert "constant" not in message
     assert "learning_rate" in message
     assert len(task.seen) == epoch, "it is neither validated nor kept"
-    assert (tmp_path / "checkpoint").exists() == (epoch > 0)
+    assert len(list(tmp_path.glob("checkpoint-*"))) == epoch
 
 
 def test_infinity_is_divergence(tmp_path: Path) -> None:

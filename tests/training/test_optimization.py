@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tmkd_ray.config import TrainingConfig
-from tmkd_ray.training.optimization import build_optimizer, learning_rate
+from tmkd_ray.training.optimization import build_optimizer, learning_rate, momentum, set_rates
 
 LEARNING_RATE, DECAY = 0.1, 0.02
 
@@ -103,6 +103,7 @@ def test_a_lone_linear_layer(optimizer: Any, bias: bool) -> None:
 # Learning rate ------------------------------------------------------------------------------------
 
 FIELD = {"epochs": 240, "learning_rate": 0.05, "schedule": "step"}
+CYCLE = {"epochs": 12, "learning_rate": 1.0, "schedule": "one_cycle", "warmup_epochs": 4, "momentum": 0.95}
 
 
 @pytest.mark.parametrize(
@@ -140,6 +141,21 @@ FIELD = {"epochs": 240, "learning_rate": 0.05, "schedule": "step"}
         ({**FIELD, "decay": 0.5, "milestones": (0.5,)}, 119.0, 0.05),
         ({**FIELD, "decay": 0.5, "milestones": (0.5,)}, 120.0, 0.025),
         ({**FIELD, "milestones": ()}, 239.0, 0.05),
+        # Cosine from 0.05 to a tenth of it.
+        ({"epochs": 20, "min_learning_rate_ratio": 0.1}, 0.0, 0.05),
+        ({"epochs": 20, "min_learning_rate_ratio": 0.1}, 10.0, 0.0275),
+        ({"epochs": 20, "min_learning_rate_ratio": 0.1}, 20.0, 0.005),
+        # One cycle: a 25th of 1, in 4 epochs to 1, in 8 to 0 (or 0.1).
+        (CYCLE, 0.0, 0.04),
+        (CYCLE, 1.0, 0.28),
+        (CYCLE, 3.0, 0.76),
+        (CYCLE, 4.0, 1.0),
+        (CYCLE, 6.0, 0.5 + math.sqrt(0.125)),
+        (CYCLE, 8.0, 0.5),
+        (CYCLE, 12.0, 0.0),
+        ({**CYCLE, "min_learning_rate_ratio": 0.1}, 1.0, 0.28),
+        ({**CYCLE, "min_learning_rate_ratio": 0.1}, 8.0, 0.55),
+        ({**CYCLE, "min_learning_rate_ratio": 0.1}, 12.0, 0.1),
     ],
     ids=str,
 )
@@ -161,3 +177,32 @@ def test_cosine_falls_all_the_way() -> None:
     rates = np.array([learning_rate(config, progress) for progress in np.linspace(1, 7, 100)])
     assert (np.diff(rates) < 0).all()
     np.testing.assert_allclose(rates + rates[::-1], config.learning_rate)  # point symmetric about the middle
+
+
+@pytest.mark.parametrize(
+    ("progress", "expected"),
+    [(0.0, 0.95), (1.0, 0.925), (3.0, 0.875), (4.0, 0.85), (8.0, 0.9), (12.0, 0.95)],
+)
+def test_one_cycle_moves_momentum_the_other_way(progress: float, expected: float) -> None:
+    """From 0.95 to 0.85 and back, as Smith has it."""
+    config = TrainingConfig.model_validate(CYCLE)
+    assert momentum(config, progress) == pytest.approx(expected)
+    other = config.model_copy(update={"one_cycle_momentum": 0.75})
+    assert momentum(other, progress) == pytest.approx(0.95 - 2 * (0.95 - expected))
+
+
+def test_rates_are_set_for_each_group() -> None:
+    cycle = TrainingConfig.model_validate(CYCLE)
+    optimizer = build_optimizer(cycle, Layers())
+    set_rates(cycle, optimizer, 8.0)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.5])
+    assert [group["momentum"] for group in optimizer.param_groups] == pytest.approx([0.9])
+    for schedule in ("constant", "cosine", "step"):
+        plain = TrainingConfig.model_validate({**CYCLE, "schedule": schedule})
+        set_rates(plain, optimizer, 8.0)
+        assert optimizer.param_groups[0]["momentum"] == 0.95
+    adamw = TrainingConfig.model_validate({**CYCLE, "optimizer": "adamw"})
+    optimizer = build_optimizer(adamw, Layers())
+    set_rates(adamw, optimizer, 8.0)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.5, 0.5])
+    assert [group["betas"] for group in optimizer.param_groups] == [(0.9, 0.999)] * 2

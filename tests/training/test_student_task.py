@@ -13,23 +13,24 @@ from tmkd_ray.errors import UserError
 from tmkd_ray.fusion import TeachingSignal
 from tmkd_ray.objective import DistillerConfig
 from tmkd_ray.training.context import PlainContext
+from tmkd_ray.training.loader import ResidentKnowledge
 from tmkd_ray.training.student import labelled_positions
 
 
 def test_exactly_so_many_labels_of_each_class() -> None:
     arrays = knowledge(0, 300)
     for per_class in (1, 7):
-        rows = labelled_positions(arrays, training(labels_per_class=per_class))
+        rows = labelled_positions(arrays.ids, arrays.labels, training(labels_per_class=per_class))
         assert rows is not None
         assert np.bincount(arrays.labels[rows]).tolist() == [per_class] * 10
         assert (np.diff(rows) > 0).all()
-    assert labelled_positions(arrays, training()) is None
+    assert labelled_positions(arrays.ids, arrays.labels, training()) is None
 
 
 def test_a_class_with_fewer_images_gives_them_all() -> None:
     arrays = knowledge(0, 300)
     smallest = int(np.bincount(arrays.labels).min())
-    rows = labelled_positions(arrays, training(labels_per_class=smallest + 1))
+    rows = labelled_positions(arrays.ids, arrays.labels, training(labels_per_class=smallest + 1))
     assert rows is not None
     counts = np.bincount(arrays.labels[rows])
     assert set(counts.tolist()) == {smallest, smallest + 1}
@@ -39,7 +40,7 @@ def images_seen(distiller: str, seed: int) -> set[bytes]:
     config = training(labels_per_class=3, seed=seed)
     return {
         image.numpy().tobytes()
-        for image in student_task(config, distiller, train=knowledge(0, 300)).data.images
+        for image in student_task(config, distiller, train=knowledge(0, 300)).source.images
     }
 
 
@@ -77,8 +78,7 @@ def test_loss_is_the_weighted_sum(tmp_path: Path) -> None:
 
 def test_without_a_teacher_nothing_of_the_knowledge_is_kept() -> None:
     task = student_task(training(), "alone")
-    assert task.data.feature is None
-    assert task.data.clip_embedding is None
+    assert not isinstance(task.source, ResidentKnowledge)
     assert task.module.signal is None
     batch = next(task.batches(0, PlainContext(Path("nowhere"))))
     assert batch.knowledge is None

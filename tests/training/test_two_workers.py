@@ -25,6 +25,7 @@ from training_samples import (
 from tmkd_ray.models import build_model
 from tmkd_ray.training.context import PlainContext
 from tmkd_ray.training.loop import DivergedError, TrainTask
+from tmkd_ray.training.loop import train as train_task
 from tmkd_ray.types import TaskSpec
 
 OBJECTIVES: dict[str, Any] = {
@@ -79,6 +80,38 @@ def scenario(folder: Path) -> dict[str, Any]:
     results["resumed"] = {k: v.clone() for k, v in resumed.module.state_dict().items()}
     results["resumed best"] = outcome.weights
 
+    averaged = training(
+        epochs=3,
+        ema_decay=0.9,
+        gradient_accumulation=2,
+        checkpoint_every_steps=1,
+        schedule="one_cycle",
+        warmup_epochs=1,
+    )
+    task = student_task(averaged, "kd", build_resnet, train, initial_seed=context.rank)
+    results["averaged"] = run(task, averaged, folder / "averaged").weights
+    interrupt(
+        student_task(averaged, "kd", build_resnet, train), averaged, folder / "averaged cut", epoch=1, step=1
+    )
+    resumed = student_task(averaged, "kd", build_resnet, train, initial_seed=9)
+    outcome = run(resumed, averaged, folder / "averaged cut")
+    results["averaged resumed"] = outcome.weights
+    results["averaged history"] = timeless(outcome.history)
+    without = averaged.model_copy(update={"checkpoint_every_steps": None})
+    task = student_task(without, "kd", build_resnet, train)
+    results["expected history"] = timeless(run(task, without, folder / "without").history)
+    several = training(epochs=3, ema_decay=0.9, gradient_accumulation=2)
+    task = student_task(several, "kd", TinyClassifier, train, initial_seed=context.rank)
+    results["several"] = run(task, several, folder / "several").weights
+
+    damaged = folder / "damaged"
+    interrupt(student_task(config, "kd", TinyClassifier, train), config, damaged, epoch=2)
+    if context.rank == 0:
+        (sorted(damaged.glob("checkpoint-*"))[-1] / "tensors.pt").write_bytes(b"")
+    context.barrier()
+    task = student_task(config, "kd", TinyClassifier, train, initial_seed=9)
+    results["after damage"] = run(task, config, damaged).weights
+
     clip_config = training(epochs=2, optimizer="adamw", learning_rate=1e-3)
     clip = clip_task(clip_config, NUM_IMAGES)
     run(clip, clip_config, folder / "clip")
@@ -87,7 +120,9 @@ def scenario(folder: Path) -> dict[str, Any]:
 
     for poisoned in (0, 1):
         try:
-            run(ScriptedTask([0.5] * 3, poison=(1, poisoned)), scripted(), folder / f"poisoned {poisoned}")
+            bad = ScriptedTask([0.5] * 3, poison=(1, poisoned))
+            at = folder / f"poisoned {poisoned}"
+            train_task(bad, scripted(), PlainContext(at, quiet=True), "run", "test", str(at))
         except DivergedError as error:
             results[f"poisoned {poisoned}"] = str(error)
     clipped = scripted(epochs=1, max_gradient_norm=1.0)
@@ -159,6 +194,34 @@ def test_interrupted_on_two_workers(workers: list[dict[str, Any]]) -> None:
     for worker in workers:
         assert_same_weights(worker["resumed"], worker["batch norm"])
         assert_same_weights(worker["resumed best"], worker["batch norm best"])
+
+
+def test_interrupted_within_an_epoch_on_two_workers(workers: list[dict[str, Any]]) -> None:
+    """With batch statistics, their averages, and micro-batches: to the bit."""
+    assert_same_weights(workers[1]["averaged"], workers[0]["averaged"])
+    for worker in workers:
+        assert_same_weights(worker["averaged resumed"], workers[0]["averaged"])
+        for found, expected in zip(worker["averaged history"], worker["expected history"], strict=True):
+            assert found.pop("terms") == pytest.approx(expected.pop("terms"), rel=1e-9)
+            assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_averages_and_micro_batches_of_two_workers_are_those_of_one(
+    workers: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    config = training(epochs=3, ema_decay=0.9)
+    task = student_task(config, "kd", TinyClassifier, knowledge(0, NUM_IMAGES))
+    expected = run(task, config, tmp_path).weights
+    raw = task.kept.state_dict()
+    assert any(not torch.equal(value, raw[name]) for name, value in expected.items())
+    for worker in workers:
+        for name, value in expected.items():
+            torch.testing.assert_close(worker["several"][name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_all_workers_pass_over_a_damaged_checkpoint(workers: list[dict[str, Any]]) -> None:
+    for worker in workers:
+        assert_same_weights(worker["after damage"], workers[0]["plain teacher"][0])
 
 
 def test_clip_on_two_workers(workers: list[dict[str, Any]]) -> None:

@@ -30,7 +30,7 @@ from tmkd_ray.teachers import ClipTeacher
 from tmkd_ray.training.clip import ClipTask
 from tmkd_ray.training.context import PlainContext
 from tmkd_ray.training.loop import StepOutput, TrainingOutcome, TrainTask, train
-from tmkd_ray.training.student import StudentTask
+from tmkd_ray.training.student import StudentTask, resident_source
 from tmkd_ray.training.teacher import TeacherTask
 from tmkd_ray.types import LossOutput, ModelOutput
 from tmkd_ray.views import build_view
@@ -129,18 +129,21 @@ def student_task(
 ) -> StudentTask:
     section = DistillerConfig.model_validate(distiller)
     torch.manual_seed(initial_seed)
+    arrays = knowledge(0, 40) if train is None else train
+    validation = knowledge(500, 550, num_variants=1)
+    assert validation.images is not None
     return StudentTask(
         student(),
-        knowledge(0, 40) if train is None else train,
-        knowledge(500, 550, num_variants=1),
+        resident_source(arrays, config, CIFAR, torch.device("cpu"), section.teacher != "none"),
+        arrays.layout,
+        validation.images,
+        validation.labels,
         None if section.teacher == "none" else constants(),
         section,
         VIEWS if section.teacher != "plain" else VIEWS[:1],
         config,
-        CIFAR,
         MEAN,
         STD,
-        torch.device("cpu"),
     )
 
 
@@ -237,9 +240,11 @@ class ScriptedTask(TrainTask):
         self.seen: list[float] = []
         """The weight at each validation."""
 
-    def batches(self, epoch: int, context: PlainContext) -> Iterator[Numbers]:  # type: ignore[override]
+    def batches(  # type: ignore[override]
+        self, epoch: int, context: PlainContext, first_step: int = 0
+    ) -> Iterator[Numbers]:
         self.epoch = epoch
-        for step in range(self.steps):
+        for step in range(first_step, self.steps):
             # Only the last, before NaN gradients have spread to the other workers' losses.
             poisoned = self.poison == (epoch, context.rank) and step == self.steps - 1
             inputs = torch.full((4, 1), float("nan") if poisoned else self.value)
@@ -257,14 +262,14 @@ class ScriptedTask(TrainTask):
 
 
 class InterruptedContext(PlainContext):
-    """Dies at the end of an epoch, before or after its checkpoint is stored."""
+    """Dies at the checkpoint after so many epochs and steps, before or after it is stored."""
 
-    def __init__(self, folder: Path, epoch: int, stored: bool = True) -> None:
+    def __init__(self, folder: Path, epoch: int, stored: bool = True, step: int = 0) -> None:
         super().__init__(folder, quiet=True)
-        self.dies_at, self.stored = epoch, stored
+        self.dies_at, self.stored = (epoch, step), stored
 
     def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
-        dies = metrics["epoch"] == self.dies_at
+        dies = (metrics["epoch"], metrics["step"]) == self.dies_at
         if not dies or self.stored:
             super().report(metrics, checkpoint)
         if dies:
@@ -276,15 +281,23 @@ def run(task: TrainTask, config: TrainingConfig, folder: Path, key: str = "run")
 
 
 def interrupt(
-    task: TrainTask, config: TrainingConfig, folder: Path, epoch: int, stored: bool = True, key: str = "run"
+    task: TrainTask,
+    config: TrainingConfig,
+    folder: Path,
+    epoch: int,
+    stored: bool = True,
+    key: str = "run",
+    step: int = 0,
 ) -> None:
     with contextlib.suppress(InterruptedTrainingError):
-        train(task, config, InterruptedContext(folder, epoch, stored), key, "test")
+        train(task, config, InterruptedContext(folder, epoch, stored, step), key, "test")
         raise AssertionError("it was not interrupted")
 
 
 def timeless(history: list[EpochRecord]) -> list[dict[str, Any]]:
-    return [record.model_dump(exclude={"seconds", "images_per_second"}) for record in history]
+    """Return the records without what depends on the machine's speed."""
+    speed = {"seconds", "images_per_second", "data_seconds", "data_share"}
+    return [record.model_dump(exclude=speed) for record in history]
 
 
 def assert_same_weights(found: Any, expected: Any) -> None:

@@ -6,7 +6,6 @@ import torch
 
 from tmkd_ray.fusion import TeacherConstants, TeachingSignal, Weighting
 from tmkd_ray.knowledge.store import KnowledgeArrays
-from tmkd_ray.types import Knowledge
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,7 @@ def measure_quality(
     names = constants.view_names
     fused_views = fused_views or names
     labels_N = torch.from_numpy(arrays.labels.copy())
-    feature_NVD = torch.from_numpy(arrays.feature[:, 0].astype("float32"))
-    clip_NVE = None
-    if arrays.clip_embedding is not None:
-        clip_NVE = torch.from_numpy(arrays.clip_embedding[:, 0].astype("float32"))
-    knowledge = Knowledge(feature_NVD, clip_NVE)
+    knowledge = arrays.knowledge(slice(None))
 
     def accuracy(logits_NC: torch.Tensor) -> float:
         return (logits_NC.argmax(1) == labels_N).float().mean().item()

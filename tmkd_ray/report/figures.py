@@ -94,6 +94,22 @@ def inline_svg(
     return _for_html(buffer.getvalue(), name, description)
 
 
+def standalone_svg(title: str, height: float, paint: Callable[[Axes], None], width: float = WIDTH) -> str:
+    """Draw one pair of axes as an SVG file, black on white; sizes as for `inline_svg`."""
+    buffer = io.BytesIO()
+    style = _STYLE | {
+        key: {_INK: "black", _GRID: "#d0d0d0", _PAGE: "white"}[value]
+        for key, value in _STYLE.items()
+        if value in (_INK, _GRID, _PAGE)
+    }
+    style |= {"figure.facecolor": "white", "svg.fonttype": "path"}
+    with rc_context(style):
+        figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
+        paint(figure.add_subplot())
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Title": title})
+    return buffer.getvalue().decode()
+
+
 def _for_html(svg: bytes, name: str, description: str) -> str:
     root = ElementTree.fromstring(svg)
     for parent in root.iter():

@@ -1,24 +1,32 @@
 """Train students from the knowledge store: methods × seeds on one group of workers."""
 
 import functools
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from tmkd_ray import storage
 from tmkd_ray.config import TrainingConfig
+from tmkd_ray.datasets.decode import load_images
 from tmkd_ray.errors import UserError
-from tmkd_ray.knowledge import KnowledgeStore
+from tmkd_ray.knowledge import KnowledgeArrays, KnowledgeStore
+from tmkd_ray.knowledge.node_copy import map_store
 from tmkd_ray.knowledge.store import text_bank_key
 from tmkd_ray.models import build_model
 from tmkd_ray.objective import DistillerConfig
 from tmkd_ray.stages.experiment import Experiment, identity_key, training_identity
-from tmkd_ray.stages.fitting import found_clip, found_teacher
-from tmkd_ray.stages.knowledge import check_store
+from tmkd_ray.stages.fitting import found_clip, found_teacher, load_teacher
+from tmkd_ray.stages.knowledge import check_store, num_shards
+from tmkd_ray.stages.streaming import StreamedKnowledge, StreamedStore
 from tmkd_ray.stages.training import Outcome, TrainingJob, run_jobs
-from tmkd_ray.teachers import ClipTeacher
+from tmkd_ray.teachers import ClipTeacher, FrozenTeachers, VisualTeacher
+from tmkd_ray.training.loader import BatchSource, ResidentImages
 from tmkd_ray.training.loop import TrainTask
-from tmkd_ray.training.student import StudentTask
+from tmkd_ray.training.mapped import MappedKnowledge, StoredRows
+from tmkd_ray.training.online import OnlineKnowledge
+from tmkd_ray.training.student import StudentTask, labelled_positions, resident_source
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,13 @@ def student_jobs(experiment: Experiment) -> list[tuple[str, int, TrainingJob]]:
         raise UserError(
             f"the knowledge store at {store.path} is of other classes than the dataset; run `tmkd knowledge`"
         )
+    for split, count in num_shards(experiment).items():
+        there = sum(shard.split == split for shard in manifest.shards)
+        if there != count:
+            raise UserError(
+                f"the knowledge store at {store.path} has {there} of {count} shards of {split}; "
+                "run `tmkd knowledge`"
+            )
     methods = config.named_methods()
     for method, distiller in methods.items():
         if distiller.needs_text_teacher and manifest.layouts["train"].clip_width is None:
@@ -90,10 +105,11 @@ def student_jobs(experiment: Experiment) -> list[tuple[str, int, TrainingJob]]:
                 training_identity(training),
                 distiller.model_dump(mode="json"),
                 config.taught_views(distiller) if distiller.teacher != "none" else (),
-                config.augmentation.model_dump(mode="json"),
+                config.augmentation.model_dump(mode="json", exclude_none=True),
                 (config.dataset.mean, config.dataset.std),
                 bank if distiller.needs_text_teacher else None,
                 manifest.fingerprint,
+                config.knowledge.mode,
             )
             job = TrainingJob(
                 key=key,
@@ -128,16 +144,122 @@ def _build_student(
 ) -> TrainTask:
     config = experiment.config
     store = KnowledgeStore(experiment.store_path)
+    validation = with_images(experiment, store.read("validation", with_teacher=False))
+    assert validation.images is not None
+    source = _source(experiment, store, distiller, training, device)
+    teacher_maps = None
+    if distiller.needs_online:
+        teacher_maps = _teachers(experiment)[0].model.map_shapes(config.dataset.image_size)
+    torch.manual_seed(training.seed)  # loading teachers drew numbers; students start alike in every mode
     return StudentTask(
         build_model(config.student.model, experiment.task),
-        store.read("train"),
-        store.read("validation"),
+        source,
+        store.manifest().layouts["train"],
+        validation.images,
+        validation.labels,
         None if distiller.teacher == "none" else store.constants(bank),
         distiller,
         config.taught_views(distiller),
         training,
-        config.augmentation,
         config.dataset.mean,
         config.dataset.std,
-        device,
+        teacher_maps,
     )
+
+
+def _source(
+    experiment: Experiment,
+    store: KnowledgeStore,
+    distiller: DistillerConfig,
+    training: TrainingConfig,
+    device: torch.device,
+) -> BatchSource:
+    """Return where the batches come from: the store, or the teachers themselves."""
+    config, mode = experiment.config, experiment.config.knowledge.mode
+    taught = distiller.teacher != "none"
+    if mode == "cached":
+        return _stored_source(experiment, store, training, device, taught)
+    index = experiment.train
+    if taught and mode == "streaming":
+        positions = labelled_positions(index.ids, index.labels, training)
+        chosen = index if positions is None else index.take(positions)
+        return StreamedKnowledge(experiment, chosen, *_teachers(experiment), training, device)
+    loaded = load_images(experiment.dataset, "train", index)
+    positions = labelled_positions(loaded.ids, loaded.labels, training)
+    rows = slice(None) if positions is None else positions
+    images, labels, ids = loaded.images[rows], loaded.labels[rows], loaded.ids[rows]
+    if not taught:
+        return ResidentImages(images, labels, ids, device, config.augmentation, training.seed)
+    visual, clip = _teachers(experiment)
+    pools = config.knowledge
+    teachers = FrozenTeachers(
+        visual,
+        clip,
+        device,
+        pools.visual.batch_size,
+        pools.text.batch_size,
+        pools.visual.precision,
+        pools.text.precision,
+        with_maps=distiller.needs_online,
+    )
+    return OnlineKnowledge(
+        images, labels, ids, experiment.views(), teachers, device, config.augmentation, pools.seed
+    )
+
+
+def _stored_source(
+    experiment: Experiment, store: KnowledgeStore, training: TrainingConfig, device: torch.device, taught: bool
+) -> BatchSource:
+    """Return the batches of a cached store, by the loader that the configuration names or the size asks for."""
+    config = experiment.config
+    loader = config.knowledge.loader
+    layout = store.manifest().layouts["train"]
+    if loader == "auto":
+        size = store.manifest().rows("train") * layout.bytes_per_image()
+        fits = size < _memory_for_data(device, training.num_workers)
+        loader = "resident" if fits or layout.image_format == "reference" else "mapped"
+    if loader == "resident" or not taught:  # images alone are a small part of what is too large
+        arrays = with_images(experiment, store.read("train", with_teacher=taught))
+        return resident_source(arrays, training, config.augmentation, device, taught)
+    if layout.image_format == "reference":
+        raise UserError(
+            f"knowledge.loader={loader} reads the images from the store, which knowledge.images=reference "
+            "leaves out; set knowledge.loader=resident, or store the images"
+        )
+    arrays = map_store(store, "train", config.knowledge.node_copies)
+    rows = StoredRows(arrays, training.seed, labelled_positions(arrays.ids, arrays.labels, training))
+    if loader == "mapped":
+        return MappedKnowledge(rows, device)
+    return StreamedStore(store, rows, config.knowledge.views, config.knowledge.node_copies, training, device)
+
+
+def _memory_for_data(device: torch.device, num_workers: int) -> float:
+    """Return the bytes that one worker may fill: half of what is free, shared with workers of its machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 2
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / 2 / num_workers
+
+
+def with_images(experiment: Experiment, arrays: KnowledgeArrays) -> KnowledgeArrays:
+    """Return the arrays with their images: those of a store that only refers to them, read from the dataset."""
+    if arrays.images is not None:
+        return arrays
+    index = experiment.dataset.index("train")
+    positions = {sample: position for position, sample in enumerate(index.ids.tolist())}
+    wanted = index.take(np.array([positions[sample] for sample in arrays.ids.tolist()]))
+    images = load_images(experiment.dataset, "train", wanted)
+    if images.set_aside:
+        entry = images.set_aside[0]
+        raise UserError(
+            f"{len(images.set_aside)} images that the knowledge store refers to can no longer be read; "
+            f"the first, {entry.id}: {entry.reason}"
+        )
+    return replace(arrays, images=images.images)
+
+
+def _teachers(experiment: Experiment) -> tuple[VisualTeacher, ClipTeacher | None]:
+    """Load the frozen teachers."""
+    visual, clip = found_teacher(experiment), found_clip(experiment)
+    if visual is None or (clip is None and experiment.config.teacher.text is not None):
+        raise UserError("the teachers of this configuration are not fitted yet; run `tmkd knowledge`")
+    return load_teacher(experiment, visual), None if clip is None else ClipTeacher.load(clip.path)

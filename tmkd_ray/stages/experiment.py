@@ -26,6 +26,12 @@ _ONLY_WHERE_NOT_WHAT = {
     "num_cpus_per_worker",
     "use_gpu",
     "max_failures",
+    "min_workers",
+    "keep_checkpoints",
+    "checkpoint_every_steps",
+    "loggers",
+    "channels_last",
+    "compile",
     "checkpoint_every",
     "evaluation_batch_size",
 }
@@ -94,6 +100,17 @@ class Experiment:
         storage.write_bytes(storage.join(self.folder, "config.yaml"), dump_config(self.config).encode())
 
 
+def knowledge_path(config: ExperimentConfig) -> str:
+    """Return where the knowledge store of a configuration lies.
+
+    Where the teachers run beside the training, the store holds the validation images alone.
+    """
+    if config.knowledge.path is not None:
+        return storage.absolute(config.knowledge.path)
+    name = "knowledge" if config.knowledge.mode == "cached" else "knowledge-validation"
+    return storage.join(storage.absolute(config.output), config.name, name)
+
+
 def open_experiment(config: ExperimentConfig) -> Experiment:
     """Find the data and check it, both splits, before anything starts; the networks have their own checks.
 
@@ -114,8 +131,7 @@ def open_experiment(config: ExperimentConfig) -> Experiment:
                 f"{name}.num_workers is {fit.num_workers}, but there are {len(train)} training images"
             )
     folder = storage.join(storage.absolute(config.output), config.name)
-    store_path = storage.absolute(config.knowledge.path or storage.join(folder, "knowledge"))
-    return Experiment(config, dataset, train, validation, folder, store_path)
+    return Experiment(config, dataset, train, validation, folder, knowledge_path(config))
 
 
 def check_visual_teacher(experiment: Experiment) -> None:

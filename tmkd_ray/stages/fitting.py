@@ -96,7 +96,7 @@ def teacher_job(experiment: Experiment) -> TrainingJob:
         visual.model,
         experiment.teacher_statistics(),
         training_identity(visual.fit),
-        experiment.config.augmentation.model_dump(mode="json"),
+        experiment.config.augmentation.model_dump(mode="json", exclude_none=True),
         experiment.view_identity(_teacher_views(experiment)),
         experiment.data_identity(),
     )
@@ -117,7 +117,7 @@ def clip_job(experiment: Experiment) -> TrainingJob:
         "clip",
         text.architecture.model_dump(mode="json"),
         training_identity(text.fit),
-        experiment.config.augmentation.model_dump(mode="json"),
+        experiment.config.augmentation.model_dump(mode="json", exclude_none=True),
         experiment.view_identity(),
         experiment.prompts(),
         list(experiment.task.class_names),

@@ -1,28 +1,25 @@
 """Compute the knowledge store with Ray Data: CPU actors for views, actor pools for the frozen teachers."""
 
-import math
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import ray
-import ray.data
-import torch
 
 from tmkd_ray import augmentation
-from tmkd_ray.config import ExperimentConfig, PoolConfig, TeacherPoolConfig
+from tmkd_ray.config import ExperimentConfig, TeacherPoolConfig
 from tmkd_ray.datasets.decode import SetAside, list_set_aside
 from tmkd_ray.errors import UserError
 from tmkd_ray.fusion import TeacherConstants
 from tmkd_ray.knowledge import KnowledgeLayout, KnowledgeStore, Manifest, compute
-from tmkd_ray.knowledge.compute import ClipStage, ShardPlan, ShardWriter, ViewStage, VisualStage, plan_shards
+from tmkd_ray.knowledge.compute import STAGES, ShardPlan, ShardWriter, ViewStage, plan_shards
 from tmkd_ray.knowledge.fingerprint import Fingerprint, check_match
+from tmkd_ray.knowledge.lease import WriterLease
 from tmkd_ray.knowledge.store import text_bank_key
 from tmkd_ray.stages.experiment import Experiment
 from tmkd_ray.stages.fitting import Fitted, load_teacher
+from tmkd_ray.stages.pipeline import knowledge_layouts, plan_dataset, teacher_stages, view_stage_options
 from tmkd_ray.stages.progress import Rate, say
-from tmkd_ray.stages.session import num_gpus
 from tmkd_ray.teachers import ClipTeacher, VisualTeacher
 
 _MAX_SHARD_PIXELS = 64 * 2**20
@@ -35,7 +32,7 @@ class KnowledgeResult:
 
     Attributes:
         text_bank: key of the prompts' text bank; None without a text teacher.
-        seconds: of this run; `computed`: shards that this run computed.
+        seconds: of this run; `computed`: shards that this run computed; `times`: None where it computed none.
     """
 
     store: KnowledgeStore
@@ -43,6 +40,7 @@ class KnowledgeResult:
     text_bank: str | None
     seconds: float
     computed: int
+    times: "StageTimes | None"
     visual_parameters: int
     clip_parameters: int
 
@@ -80,33 +78,34 @@ def compute_knowledge(experiment: Experiment, teacher: Fitted, clip_fitted: Fitt
     config = experiment.config
     visual = load_teacher(experiment, teacher)
     clip = None if clip_fitted is None else ClipTeacher.load(clip_fitted.path)
-    layouts = _layouts(config, visual, clip)
-    shard_rows = _shard_rows(config)
+    layouts = knowledge_layouts(config, visual, clip)
     store = KnowledgeStore(experiment.store_path)
-    store.begin(fingerprint(experiment, visual, clip))
-
-    plans = [
-        *plan_shards("train", experiment.train, shard_rows),
-        *plan_shards("validation", experiment.validation, shard_rows),
-    ]
-    done = store.committed()
-    missing = [plan for plan in plans if (plan.split, plan.number) not in done]
-    if missing:
-        bytes_each = layouts["train"].bytes_per_image()
-        say(
-            f"knowledge: {sum(len(plan.index) for plan in missing):,} images to compute in {len(missing)} "
-            f"shards ({len(done)} done), {bytes_each / 1024:.1f} KB an image before compression → {store.path}"
-        )
-        _compute_shards(experiment, missing, visual, clip, store, layouts)
-    store.write_head(visual.head_weight, visual.head_bias)
-    bank = _ensure_text_bank(experiment, store, clip)
-    names = experiment.task.class_names
-    if missing or not store.is_finished() or store.manifest().class_names != names:
-        manifest = store.finish(names, layouts)
-    else:
-        manifest = store.manifest()
-        say(f"knowledge: the store at {store.path} is whole and matches, reused")
-    assert len(manifest.shards) == len(plans), "shards that no plan names"
+    plans = _plans(experiment)
+    expected = num_shards(experiment)
+    times = None
+    with WriterLease(store.path) as lease:
+        store.begin(fingerprint(experiment, visual, clip))
+        done = store.committed()
+        missing = [plan for plan in plans if (plan.split, plan.number) not in done]
+        if missing:
+            _say_estimate(missing, len(done), layouts, store.path)
+            times = _compute_shards(experiment, missing, visual, clip, store, layouts, lease)
+            for line in times.lines():
+                say(line)
+        store.write_head(visual.head_weight, visual.head_bias)
+        bank = _ensure_text_bank(experiment, store, clip)
+        names = experiment.task.class_names
+        lease.check()
+        if missing or not store.is_finished() or store.manifest().class_names != names:
+            if any(split not in expected for split, _ in done):
+                raise UserError(
+                    f"the store at {store.path} is that of an unfinished `knowledge.mode: cached`; finish it, "
+                    f"or give knowledge.path another folder for mode {config.knowledge.mode}"
+                )
+            manifest = store.finish(names, layouts, expected)
+        else:
+            manifest = store.manifest()
+            say(f"knowledge: the store at {store.path} is whole and matches, reused")
     for line in list_set_aside("knowledge", [SetAside(**entry) for entry in manifest.set_aside]):
         say(line)
     return KnowledgeResult(
@@ -115,6 +114,7 @@ def compute_knowledge(experiment: Experiment, teacher: Fitted, clip_fitted: Fitt
         bank,
         seconds=time.monotonic() - started,
         computed=len(missing),
+        times=times,
         visual_parameters=sum(p.numel() for p in visual.parameters()),
         clip_parameters=0 if clip is None else sum(p.numel() for p in clip.parameters()),
     )
@@ -143,34 +143,49 @@ def _without_teachers(experiment: Experiment) -> Fingerprint:
             "version": augmentation.VERSION,
             "seed": config.knowledge.seed,
             "num_variants": config.knowledge.num_variants,
-            **config.augmentation.model_dump(mode="json"),
+            **config.augmentation.model_dump(mode="json", exclude_none=True),
         },
         "views": experiment.view_identity(),
         "view_order": list(config.views),
         "dtype": config.knowledge.dtype,
+        "images": config.knowledge.images,
         "shard_rows": _shard_rows(config),
     }
 
 
 def _arithmetic(pool: TeacherPoolConfig) -> dict[str, Any]:
     """Return the settings that decide the last bits of a teacher's output."""
-    return {"batch_size": pool.batch_size, "precision": pool.precision}
+    return pool.model_dump(include={"batch_size", "precision", "channels_last", "compile"})
 
 
-def _layouts(
-    config: ExperimentConfig, visual: VisualTeacher, clip: ClipTeacher | None
-) -> dict[str, KnowledgeLayout]:
-    def layout(num_variants: int) -> KnowledgeLayout:
-        return KnowledgeLayout(
-            views=tuple(config.views),
-            num_variants=num_variants,
-            image_size=config.dataset.image_size,
-            feature_width=visual.feature_width,
-            clip_width=None if clip is None else clip.embedding_width,
-            dtype=config.knowledge.dtype,
-        )
+def _plans(experiment: Experiment) -> list[ShardPlan]:
+    """Return the shards of the store: `validation` alone where the teachers run beside the training."""
+    rows = _shard_rows(experiment.config)
+    plans = plan_shards("validation", experiment.validation, rows, 1)
+    if experiment.config.knowledge.mode == "cached":
+        plans = plan_shards("train", experiment.train, rows, experiment.config.knowledge.num_variants) + plans
+    return plans
 
-    return {"train": layout(config.knowledge.num_variants), "validation": layout(1)}
+
+def num_shards(experiment: Experiment) -> dict[str, int]:
+    """Return how many shards of each split the store must hold."""
+    rows = _shard_rows(experiment.config)
+    counts = {"validation": -(-len(experiment.validation) // rows)}
+    if experiment.config.knowledge.mode == "cached":
+        counts["train"] = -(-len(experiment.train) // rows)
+    return counts
+
+
+def _say_estimate(missing: list[ShardPlan], done: int, layouts: dict[str, KnowledgeLayout], path: str) -> None:
+    layout = layouts["train"]
+    per_image = layout.bytes_per_image()
+    images = sum(len(plan.index) for plan in missing)
+    total = sum(len(plan.index) * layouts[plan.split].bytes_per_image() for plan in missing)
+    say(
+        f"knowledge: {images:,} images to compute in {len(missing)} shards ({done} done), about "
+        f"{per_image / layout.num_variants / 1024:.2f} KB an image and variant ({layout.dtype}, images "
+        f"{layout.image_format}), {total / 2**20:,.0f} MB → {path}"
+    )
 
 
 def _shard_rows(config: ExperimentConfig) -> int:
@@ -188,18 +203,50 @@ def _ensure_text_bank(experiment: Experiment, store: KnowledgeStore, clip: ClipT
     return key
 
 
-class _VisualActor(VisualStage):
-    """A member of the visual teacher's pool; `model` lies in the cluster's object store."""
+@dataclass
+class StageTimes:
+    """How long each stage worked on the shards of this run.
 
-    def __init__(self, model: list[Any], *arguments: Any) -> None:
-        super().__init__(ray.get(model[0]), *arguments)
+    Attributes:
+        seconds: by stage, all actors together; `variants`: image variants that passed.
+        actors: by stage, at most.
+    """
+
+    seconds: dict[str, float]
+    actors: dict[str, int]
+    variants: int = 0
+
+    def throughput(self) -> dict[str, float]:
+        """Return the image variants a second that each stage's pool could do if it never waited."""
+        return {
+            stage: self.actors[stage] * self.variants / seconds
+            for stage, seconds in self.seconds.items()
+            if seconds > 0
+        }
+
+    def lines(self) -> list[str]:
+        """Say each stage's throughput, and which one holds the others back."""
+        throughput = self.throughput()
+        if not throughput:
+            return []
+        slowest = min(throughput, key=lambda stage: throughput[stage])
+        lines = []
+        for stage, rate in throughput.items():
+            actors, seconds = self.actors[stage], self.seconds[stage]
+            line = (
+                f"knowledge: {STAGE_NAMES[stage]:14} {rate:8,.0f} variants/s  "
+                f"({actors} {'actor' if actors == 1 else 'actors'}, {seconds:.1f} s of work)"
+            )
+            lines.append(line + ("  ← holds the others back" if stage == slowest else ""))
+        return lines
 
 
-class _ClipActor(ClipStage):
-    """A member of CLIP's pool; `model` lies in the cluster's object store."""
-
-    def __init__(self, model: list[Any], *arguments: Any) -> None:
-        super().__init__(ray.get(model[0]), *arguments)
+STAGE_NAMES = {
+    "views": "views",
+    "feature": "visual teacher",
+    "clip_embedding": "CLIP",
+    "write": "writing",
+}
 
 
 def _compute_shards(
@@ -209,72 +256,39 @@ def _compute_shards(
     clip: ClipTeacher | None,
     store: KnowledgeStore,
     layouts: dict[str, KnowledgeLayout],
-) -> None:
+    lease: WriterLease,
+) -> StageTimes:
     """Run the shards through the cluster; each is committed by the writer as soon as it is whole."""
-    config = experiment.config
-    context = ray.data.DataContext.get_current()
-    context.print_on_execution_start = False
-    context.target_max_block_size = None  # a shard is one row and must not be cut
-    context.enable_progress_bars = False
-    context.raise_original_map_exception = True  # so that a UserError of an actor arrives as one
-
-    dataset = ray.data.from_arrow([plan.to_table() for plan in plans]).map_batches(
+    dataset = teacher_stages(
+        plan_dataset([plan.to_table() for plan in plans]),
+        experiment.config,
         ViewStage,
-        fn_constructor_args=(
-            experiment.dataset,
-            experiment.views(),
-            layouts,
-            config.augmentation,
-            config.knowledge.seed,
-        ),
-        **_pool(config.knowledge.views, 0.0),
+        view_stage_options(experiment, layouts),
+        visual,
+        clip,
+        layouts,
     )
-    teachers: list[tuple[type, torch.nn.Module, TeacherPoolConfig]] = [
-        (_VisualActor, visual, config.knowledge.visual)
-    ]
-    if clip is not None:
-        teachers.append((_ClipActor, clip, config.knowledge.text))
-    share = _gpu_share([pool for _, _, pool in teachers])
-    for actor, model, pool in teachers:
-        gpus = share if pool.num_gpus is None else pool.num_gpus
-        device = "cuda" if gpus > 0 else "cpu"
-        arguments = ([ray.put(model)], layouts, device, pool.batch_size, pool.precision)
-        dataset = dataset.map_batches(actor, fn_constructor_args=arguments, **_pool(pool, gpus))
     writer = ShardWriter(store, layouts)
 
     def write(table: pa.Table) -> pa.Table:
         return writer(table)
 
     dataset = dataset.map_batches(write, batch_size=1, batch_format="pyarrow", num_cpus=0.25)
+    pools = experiment.config.knowledge
+    sizes = {"views": pools.views, "feature": pools.visual, "clip_embedding": pools.text}
+    actors = {stage: pool.max_size for stage, pool in sizes.items()} | {"write": 1}
+    times = StageTimes(dict.fromkeys(STAGES, 0.0), actors)
     rate = Rate("knowledge", sum(len(plan.index) for plan in plans), "images")
+    variants = {split: layout.num_variants for split, layout in layouts.items()}
     try:
         for row in dataset.iter_rows():
-            rate.advance(row["rows"] + row["set_aside"])
+            lease.check()
+            images = row["rows"] + row["set_aside"]
+            times.variants += images * variants[row["split"]]
+            for stage in STAGES:
+                times.seconds[stage] += row.get(f"{stage}_seconds", 0.0)
+            rate.advance(images)
     except UserError as error:
         # Ray's error for it carries a traceback; `cause` is what the actor raised.
         raise UserError(str(getattr(error, "cause", error))) from error
-
-
-def _pool(pool: PoolConfig, gpus: float) -> dict[str, Any]:
-    """Return the options of `map_batches` for a pool; one batch is one shard, which is one row."""
-    return {
-        "batch_size": 1,
-        "batch_format": "pyarrow",
-        "zero_copy_batch": True,
-        "num_cpus": pool.num_cpus,
-        "num_gpus": gpus or None,
-        "compute": ray.data.ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size),
-    }
-
-
-def _gpu_share(pools: list[TeacherPoolConfig]) -> float:
-    """Return the share of a GPU for each actor that does not say: all pools must fit the cluster at once."""
-    available = num_gpus() - sum(pool.min_size * (pool.num_gpus or 0.0) for pool in pools)
-    asking = sum(pool.min_size for pool in pools if pool.num_gpus is None)
-    if available <= 0 or asking == 0:
-        return 0.0
-    if available < 1:
-        return math.floor(100 * available / asking) / 100
-    # An actor's share lies on one GPU: so many actors a GPU that all of them find a place.
-    per_gpu = math.ceil(asking / math.floor(available))
-    return math.floor(100 / per_gpu) / 100
+    return times

@@ -28,13 +28,12 @@ from tmkd_ray.results import (
     TeacherRecord,
     TrainingRecord,
 )
-from tmkd_ray.stages.distillation import TrainedStudent, distill
+from tmkd_ray.stages.distillation import TrainedStudent, distill, with_images
 from tmkd_ray.stages.evaluation import Measured, measure_student, measure_teacher, split_images
 from tmkd_ray.stages.experiment import Experiment
 from tmkd_ray.stages.fitting import Fitted, fit_clip, fit_teacher
-from tmkd_ray.stages.knowledge import KnowledgeResult, compute_knowledge
+from tmkd_ray.stages.knowledge import STAGE_NAMES, KnowledgeResult, compute_knowledge
 from tmkd_ray.stages.progress import say
-from tmkd_ray.types import Knowledge
 
 T = TypeVar("T")
 
@@ -46,8 +45,11 @@ _LABELS = {
 """Of methods that are exactly a preset; others are called by their names."""
 
 
-def run(experiment: Experiment) -> RunResults:
+def run(experiment: Experiment, stem: str | None = None) -> RunResults:
     """Go the whole road and write `results.json` and `report.html` into the run's folder.
+
+    Args:
+        stem: of other file names, `STEM.json` and `STEM.html`.
 
     What is finished is kept: run again after an interruption, only what is missing is done.
     """
@@ -81,7 +83,7 @@ def run(experiment: Experiment) -> RunResults:
         dataset=DatasetRecord(
             name=config.dataset.name,
             class_names=list(experiment.task.class_names),
-            num_train=knowledge.manifest.rows("train"),
+            num_train=_num_train(experiment, knowledge),
             num_labelled_for_students=_num_labelled(experiment, knowledge),
             num_validation=knowledge.manifest.rows("validation"),
             num_test=len(images.labels),
@@ -99,8 +101,8 @@ def run(experiment: Experiment) -> RunResults:
         hardware=_hardware(),
         notes=_notes(experiment, teacher),
     )
-    results_path = storage.join(experiment.folder, "results.json")
-    report_path = storage.join(experiment.folder, "report.html")
+    results_path = storage.join(experiment.folder, f"{stem or 'results'}.json")
+    report_path = storage.join(experiment.folder, f"{stem or 'report'}.html")
     results.save(results_path)
     write_report(report_path, results, _gallery(experiment, knowledge))
     say(f"results: {results_path}\nreport:  {report_path}")
@@ -177,6 +179,7 @@ def _knowledge_record(experiment: Experiment, knowledge: KnowledgeResult) -> Kno
     manifest = knowledge.manifest
     variants = experiment.config.knowledge.num_variants
     pieces = variants * manifest.rows("train") + manifest.rows("validation")
+    times = knowledge.times
     return KnowledgeRecord(
         num_images=manifest.rows("train") + manifest.rows("validation"),
         num_variants=variants,
@@ -185,6 +188,7 @@ def _knowledge_record(experiment: Experiment, knowledge: KnowledgeResult) -> Kno
         total_bytes=manifest.total_bytes(),
         seconds=knowledge.seconds,
         images_per_second=pieces / knowledge.seconds if knowledge.computed else 0.0,
+        stage_seconds={} if times is None else {STAGE_NAMES[name]: s for name, s in times.seconds.items() if s},
         reused=knowledge.computed == 0,
         fingerprint=manifest.fingerprint,
     )
@@ -220,7 +224,8 @@ def _method_records(
 
 def _gallery(experiment: Experiment, knowledge: KnowledgeResult, count: int = 8) -> ViewGallery:
     """Show validation images of several classes through every view, with their semantic weights."""
-    arrays = knowledge.store.read("validation")
+    arrays = with_images(experiment, knowledge.store.read("validation"))
+    assert arrays.images is not None
     _, first = np.unique(arrays.labels, return_index=True)
     rows = first[np.linspace(0, len(first) - 1, min(count, len(first))).astype(int)]
     images_NHWC = np.ascontiguousarray(arrays.images[rows])
@@ -237,13 +242,7 @@ def _gallery(experiment: Experiment, knowledge: KnowledgeResult, count: int = 8)
             distiller.fusion_temperature,
             distiller.clip_temperature,
         )
-        output = signal(
-            Knowledge(
-                torch.from_numpy(arrays.feature[rows, 0].astype("float32")),
-                torch.from_numpy(arrays.clip_embedding[rows, 0].astype("float32")),
-            ),
-            torch.from_numpy(arrays.labels[rows]),
-        )
+        output = signal(arrays.knowledge(rows), torch.from_numpy(arrays.labels[rows]))
         weights_NV = np.zeros((len(rows), len(views)), dtype=np.float32)
         weights_NV[:, [list(views).index(view) for view in taught]] = output.view_weights.numpy()
     return ViewGallery(
@@ -282,6 +281,12 @@ def _processor() -> str:
     except OSError:
         return platform.machine()
     return platform.machine()
+
+
+def _num_train(experiment: Experiment, knowledge: KnowledgeResult) -> int:
+    """Return the number of training images: those in the store, where it holds them."""
+    cached = experiment.config.knowledge.mode == "cached"
+    return knowledge.manifest.rows("train") if cached else len(experiment.train)
 
 
 def _num_labelled(experiment: Experiment, knowledge: KnowledgeResult) -> int | None:

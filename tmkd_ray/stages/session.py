@@ -1,6 +1,7 @@
 """Join or start Ray, without its noise."""
 
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -8,11 +9,11 @@ from collections.abc import Iterator
 import ray
 from ray._private import ray_constants
 
-from tmkd_ray.config import ClusterConfig
+from tmkd_ray.config import ExperimentConfig
 
 
 @contextlib.contextmanager
-def ray_session(config: ClusterConfig) -> Iterator[None]:
+def ray_session(config: ExperimentConfig) -> Iterator[None]:
     """Be connected to Ray within: the cluster of the job we run in, one named in the config, or a local one.
 
     A Ray that was there before is left as it was; a local one started here ends with the block.
@@ -21,17 +22,26 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
         yield
         return
     in_job = "RAY_ADDRESS" in os.environ or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    if in_job or config.address is not None:
+    if in_job or config.cluster.address is not None:
         with _native_stderr_closed():
-            ray.init(address=config.address or "auto", logging_level="error", log_to_driver=False)
+            ray.init(address=config.cluster.address or "auto", logging_level="error", log_to_driver=False)
     else:
-        # Ray Data's own tasks need a CPU beside the actors: on few cores, count more than there are.
-        cpus = config.num_cpus or max(4, 2 * (os.cpu_count() or 1))
-        start_local_ray(cpus)
+        start_local_ray(config.cluster.num_cpus or _logical_cpus(config))
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _logical_cpus(config: ExperimentConfig) -> int:
+    """Return how many CPUs a local Ray counts: what is asked for must fit, on few cores too."""
+    # Ray Data's own tasks need a CPU beside the actors.
+    cpus = max(4, 2 * (os.cpu_count() or 1))
+    if config.knowledge.mode == "streaming":
+        workers = config.training.num_workers * config.training.num_cpus_per_worker
+        pools = (config.knowledge.views, config.knowledge.visual, config.knowledge.text)
+        cpus = max(cpus, math.ceil(1 + workers + sum(pool.max_size * pool.num_cpus for pool in pools)))
+    return cpus
 
 
 def start_local_ray(num_cpus: int) -> None:

@@ -1,16 +1,20 @@
 """Run the training loop under Ray Train: DDP over a group of workers that survives failures."""
 
-import contextlib
+import json
+import re
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+import ray.exceptions
 import ray.train
 import ray.train.torch
 import torch
+import torch.distributed as dist
 
 from tmkd_ray import storage
 from tmkd_ray.config import TrainingConfig
@@ -21,6 +25,22 @@ from tmkd_ray.stages.progress import progress_channel, say
 from tmkd_ray.stages.session import num_gpus
 from tmkd_ray.training.context import WorkerContext
 from tmkd_ray.training.loop import TrainTask, train
+
+_CHECKPOINTS = "checkpoints"
+"""The folder of Ray Train's run."""
+
+_SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""Ray Train's own list of them, in the same folder."""
+
+_NOT_OURS = (OSError, ray.exceptions.RayError, dist.DistError, torch.AcceleratorError)
+"""Failures of machines, networks and other workers."""
+
+_LOST_PEER = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe", re.IGNORECASE)
+"""In the RuntimeError of a collective operation, to which another worker's end came."""
+
+
+class DefectError(RuntimeError):
+    """A worker failed before its first checkpoint, by its own fault: another start would fail alike."""
 
 
 class Outcome(Settings):
@@ -70,27 +90,54 @@ class TrainingJob:
 
 
 class RayTrainContext(WorkerContext):
-    """A Ray Train worker."""
+    """A Ray Train worker.
 
-    def __init__(self, channel: Any) -> None:
+    Ray keeps the newest checkpoints; they are looked for in their folder, not in Ray's list, so that neither a
+    damaged one nor a list that a killed driver left half-written costs more than the newest.
+
+    Args:
+        folder: of the run's checkpoints, or URI.
+    """
+
+    def __init__(self, channel: Any, folder: str) -> None:
         context = ray.train.get_context()
         self.rank = context.get_world_rank()
         self.world_size = context.get_world_size()
         self.device = ray.train.torch.get_device()
         self.channel = channel
+        self.folder = folder
+        self.leaving: set[str] = set()
 
     def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
-        kept = None if checkpoint is None else ray.train.Checkpoint.from_directory(str(checkpoint))
-        ray.train.report(metrics, checkpoint=kept)
-
-    @contextlib.contextmanager
-    def latest_checkpoint(self) -> Iterator[Path | None]:
-        checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
-            yield None
+            ray.train.report(metrics)
             return
-        with checkpoint.as_directory() as folder:
-            yield Path(folder)
+        names = self._names()
+        number = int(names[0].removeprefix("checkpoint_")) + 1 if names else 0
+        kept = ray.train.Checkpoint.from_directory(str(checkpoint))
+        ray.train.report(metrics, checkpoint=kept, checkpoint_dir_name=f"checkpoint_{number:08}")
+
+    def checkpoints(self) -> Iterator[Path]:
+        for name in self._names():
+            with storage.local_copy(storage.join(self.folder, name)) as folder:
+                yield Path(folder)
+
+    def _names(self) -> list[str]:
+        """Return the checkpoints' names, newest first."""
+        return [name for name in reversed(storage.list_names(self.folder)) if name.startswith("checkpoint_0")]
+
+    def warned(self) -> bool:
+        """Return whether a node of this run is being drained (a spot instance taken back), once for each."""
+        if not hasattr(ray.train, "get_preemption_info"):  # in Ray since mid-2026
+            return False
+        info = ray.train.get_preemption_info()
+        nodes = set() if info is None else set(info.preempted_node_ids)
+        is_new = not nodes <= self.leaving
+        self.leaving |= nodes
+        return is_new
+
+    def give_way(self) -> None:
+        """Train on: Ray starts the workers anew, from the checkpoint, when the node is gone."""
 
     def say(self, line: str) -> None:
         if self.rank == 0:
@@ -105,6 +152,7 @@ def run_jobs(jobs: Sequence[TrainingJob], folder: str) -> list[Outcome]:
 
     Raises:
         UserError: a job cannot be trained as configured (it diverged, its data is damaged).
+        DefectError: a worker failed before the first checkpoint, other than by what befell machine or network.
     """
     waiting = [job for job in jobs if job.outcome() is None]
     for job in jobs:
@@ -120,10 +168,17 @@ def run_jobs(jobs: Sequence[TrainingJob], folder: str) -> list[Outcome]:
 def _fit(jobs: Sequence[TrainingJob], folder: str) -> None:
     training = jobs[0].training
     num_workers, use_gpu = _workers(training)
+    checkpoints = storage.join(folder, _CHECKPOINTS)
+    _drop_broken_snapshot(checkpoints)
     with progress_channel() as channel:
         trainer = ray.train.torch.TorchTrainer(
             _worker,
-            train_loop_config={"jobs": list(jobs), "channel": channel, "started": time.time()},
+            train_loop_config={
+                "jobs": list(jobs),
+                "channel": channel,
+                "started": time.time(),
+                "checkpoints": checkpoints,
+            },
             scaling_config=ray.train.ScalingConfig(
                 num_workers=num_workers,
                 use_gpu=use_gpu,
@@ -131,12 +186,12 @@ def _fit(jobs: Sequence[TrainingJob], folder: str) -> None:
             ),
             # The same name and place: started again after a crash, it goes on from the last checkpoint.
             run_config=ray.train.RunConfig(
-                name="checkpoints",
+                name=_CHECKPOINTS,
                 storage_path=folder,
                 failure_config=ray.train.FailureConfig(
                     max_failures=training.max_failures, controller_failure_limit=3
                 ),
-                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=training.keep_checkpoints),
                 logging_config=ray.train.LoggingConfig(log_level="ERROR"),
             ),
         )
@@ -145,16 +200,40 @@ def _fit(jobs: Sequence[TrainingJob], folder: str) -> None:
         finally:
             refusal = ray.get(channel.refused.remote())
             if refusal is not None:
-                raise UserError(refusal)
+                is_defect = refusal.startswith("Traceback")
+                raise DefectError(refusal) if is_defect else UserError(refusal)
 
 
-def _workers(training: TrainingConfig) -> tuple[int, bool]:
-    """Return how many workers to start and whether each has a GPU.
+def _drop_broken_snapshot(folder: str) -> None:
+    """Delete Ray Train's list of checkpoints if it is half-written or lists one that is gone: Ray would fail.
+
+    Ray overwrites the list in place, so that a killed driver can leave it so; the workers do without it.
+    """
+    path = storage.join(folder, _SNAPSHOT)
+    if not storage.exists(path):
+        return
+    content = storage.read_bytes(path)
+    try:
+        listed = {result["checkpoint_dir_name"] for result in json.loads(content)["checkpoint_results"]}
+        is_whole = listed <= set(storage.list_names(folder))
+    except (ValueError, KeyError, TypeError):
+        is_whole = False
+    if not is_whole:
+        say(f"{path}, Ray Train's list of checkpoints, is damaged; they are found without it")
+        storage.delete(path)
+
+
+def _workers(training: TrainingConfig) -> tuple[int | tuple[int, int], bool]:
+    """Return how many workers to start, or the fewest and the most, and whether each has a GPU.
 
     If nothing is said of GPUs and there are some, but fewer than workers, fewer workers take part: the global
     batch stays the same.
     """
     gpus = int(num_gpus())
+    if training.min_workers is not None and training.min_workers < training.num_workers:
+        # Ray takes as many as find room, and starts anew from the checkpoint when that number changes.
+        use_gpu = gpus >= training.min_workers if training.use_gpu is None else training.use_gpu
+        return (training.min_workers, training.num_workers), use_gpu
     if training.use_gpu is not None or gpus == 0:
         return training.num_workers, bool(training.use_gpu)
     workers = max(n for n in range(1, min(gpus, training.num_workers) + 1) if training.batch_size % n == 0)
@@ -165,9 +244,9 @@ def _workers(training: TrainingConfig) -> tuple[int, bool]:
 
 def _worker(loop_config: dict[str, Any]) -> None:
     """What each Ray Train worker runs: the jobs that are not finished, in turn."""
-    context = RayTrainContext(loop_config["channel"])
+    context = RayTrainContext(loop_config["channel"], loop_config["checkpoints"])
     if ray.get(context.channel.refused.remote()) is not None:
-        return  # started again after a UserError, which would come again
+        return  # started again after an error that would come again
     context.say(
         f"{context.world_size} workers ({device_name(context.device)}) "
         f"ready after {time.time() - loop_config['started']:.0f} s"
@@ -181,12 +260,27 @@ def _worker(loop_config: dict[str, Any]) -> None:
         # Raised all the same, so that the other workers do not wait for this one.
         ray.get(context.channel.refuse.remote(str(error)))
         raise
+    except Exception as error:
+        if is_defect(error, context.resumable):
+            ray.get(context.channel.refuse.remote(traceback.format_exc()))
+        raise
+
+
+def is_defect(error: Exception, resumable: bool) -> bool:
+    """Return whether a worker's error would come again: it came before any checkpoint, and of its own doing.
+
+    Args:
+        resumable: whether the training has a checkpoint.
+    """
+    of_a_peer = isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None
+    return not resumable and not isinstance(error, _NOT_OURS) and not of_a_peer
 
 
 def _train_job(job: TrainingJob, context: WorkerContext) -> None:
+    context.resumable = False
     torch.manual_seed(job.training.seed)
     task = job.build(context.device)
-    result = train(task, job.training, context, job.key, job.label)
+    result = train(task, job.training, context, job.key, job.label, job.folder)
     if context.rank == 0:
         task.save(job.folder, result.weights)
         outcome = Outcome(

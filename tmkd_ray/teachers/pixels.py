@@ -8,10 +8,15 @@ from torch import Tensor, nn
 
 
 class Normalize(nn.Module):
-    """uint8 RGB, [B, H, W, 3] or [B, 3, H, W] → float32 [B, 3, H, W]; mean and std are of RGB in [0, 1]."""
+    """uint8 RGB, [B, H, W, 3] or [B, 3, H, W] → float32 [B, 3, H, W]; mean and std are of RGB in [0, 1].
+
+    Attributes:
+        memory_format: of the result; by default that of the pixels, which is channels-last for [B, H, W, 3].
+    """
 
     scale: Tensor
     shift: Tensor
+    memory_format = torch.preserve_format
 
     def __init__(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> None:
         super().__init__()
@@ -23,7 +28,10 @@ class Normalize(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if images.shape[-1] == 3:
             images = images.permute(0, 3, 1, 2)
-        return torch.addcmul(self.shift, images.float(), self.scale)
+        normalized = torch.addcmul(self.shift, images.float(), self.scale)
+        if self.memory_format is torch.preserve_format:
+            return normalized
+        return normalized.contiguous(memory_format=self.memory_format)
 
 
 def weights_fingerprint(state: Mapping[str, Tensor]) -> str:

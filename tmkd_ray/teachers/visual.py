@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from tmkd_ray.errors import UserError
 from tmkd_ray.models import ImageClassifier, build_model, load_checkpoint
 from tmkd_ray.settings import ImageStatistics
 from tmkd_ray.teachers.pixels import Normalize, weights_fingerprint
-from tmkd_ray.types import TaskSpec
+from tmkd_ray.types import ModelOutput, TaskSpec
 
 
 class VisualTeacher(nn.Module):
@@ -47,16 +46,12 @@ class VisualTeacher(nn.Module):
         """Return the SHA-256 of the weights."""
         return weights_fingerprint(self.model.state_dict())
 
-    @torch.inference_mode()
-    def forward(self, images_BHWC: Tensor) -> Tensor:
-        """Return float32 [B, D] features of uint8 images.
+    @torch.no_grad()
+    def outputs(self, images_BHWC: Tensor) -> ModelOutput:
+        """Return all that the model says of uint8 images."""
+        output: ModelOutput = self.model(self.normalize(images_BHWC))
+        return output
 
-        Raises:
-            UserError: a feature is NaN or infinite.
-        """
-        feature_BD: Tensor = self.model(self.normalize(images_BHWC)).feature.float()
-        if not torch.isfinite(feature_BD).all():
-            raise UserError(
-                "the visual teacher returned NaN or infinite features; check its checkpoint and normalisation"
-            )
-        return feature_BD
+    def forward(self, images_BHWC: Tensor) -> Tensor:
+        """Return float32 [B, D] features of uint8 images."""
+        return self.outputs(images_BHWC).feature.float()

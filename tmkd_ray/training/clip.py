@@ -120,10 +120,13 @@ class ClipTask(TrainTask):
         self.validation_views = [torch.from_numpy(view(validation.images)) for view in views.values()]
         self.validation_labels = torch.from_numpy(validation.labels)
 
-    def batches(self, epoch: int, context: WorkerContext) -> Iterator[ViewBatch]:
+    def batches(self, epoch: int, context: WorkerContext, first_step: int = 0) -> Iterator[ViewBatch]:
         return self.data.batches(
-            epoch, self.training.batch_size, context.rank, context.world_size, context.device
+            epoch, self.training.batch_size, context.rank, context.world_size, context.device, first_step
         )
+
+    def sample_ids(self, indices_B: Tensor) -> list[str]:
+        return [str(self.data.images.ids[index]) for index in indices_B.tolist()]
 
     def validate(self, context: WorkerContext) -> dict[str, float]:
         clip = self.module.clip

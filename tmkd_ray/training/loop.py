@@ -1,85 +1,38 @@
 """The training loop: one for students, visual teachers and CLIP.
 
-It trains a `TrainTask` in a `WorkerContext`. Everything random is a function of (seed, epoch, rank), so that a
-run that was interrupted after an epoch goes on exactly as one that was not.
+It trains a `TrainTask` in a `WorkerContext`. Everything random is a function of (seed, epoch, step, rank), so
+that a run that was interrupted after any step goes on exactly as one that was not.
 """
 
 import contextlib
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import safetensors.torch
+import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-from tmkd_ray import storage
 from tmkd_ray.config import TrainingConfig
-from tmkd_ray.errors import UserError
-from tmkd_ray.precision import autocast
 from tmkd_ray.results import EpochRecord
-from tmkd_ray.training.checkpoint import TrainingState, read_checkpoint, written_checkpoint
+from tmkd_ray.training.averaging import batch_statistics, mean_over_workers
+from tmkd_ray.training.checkpoint import PartialEpoch, TrainingState, newest_checkpoint, written_checkpoint
 from tmkd_ray.training.context import WorkerContext
-from tmkd_ray.training.optimization import build_optimizer, learning_rate
-from tmkd_ray.types import LossOutput
+from tmkd_ray.training.divergence import DivergedError as DivergedError
+from tmkd_ray.training.divergence import LossWatch
+from tmkd_ray.training.step import TrainStep
+from tmkd_ray.training.task import StepOutput as StepOutput
+from tmkd_ray.training.task import TrainTask as TrainTask
+from tmkd_ray.training.tracking import RunLogger, open_loggers
 
 _SAY_EVERY_S = 2.0
 """Short epochs are not all said, only the first, the last, and one every so many seconds."""
 
+_LOOK_EVERY_S = 5.0
+"""About how often the loop looks whether the loss is finite and whether it was warned; that waits for a GPU."""
 
-@dataclass
-class StepOutput:
-    """What the trained module returns for a batch.
-
-    Attributes:
-        loss: weighted, with its terms.
-        correct: number of right predictions in the batch; None where that means nothing.
-    """
-
-    loss: LossOutput
-    correct: Tensor | None = None
-
-
-class TrainTask(ABC):
-    """What is trained, on which batches, and how it is judged.
-
-    Attributes:
-        module: everything with trainable parameters; `module(batch)` returns a StepOutput. DDP wraps it.
-        num_samples: of the training set.
-        notes: lines for the user, said when the training starts.
-    """
-
-    module: nn.Module
-    num_samples: int
-    notes: tuple[str, ...] = ()
-
-    @abstractmethod
-    def batches(self, epoch: int, context: WorkerContext) -> Iterator[Any]:
-        """Yield this worker's batches of an epoch (from 0); the same number on every worker."""
-
-    def after_step(self, batch: Any) -> None:  # noqa: B027 (most tasks have nothing to do)
-        """Update what no gradient trains, after the optimiser's step on this batch."""
-
-    @abstractmethod
-    def validate(self, context: WorkerContext) -> dict[str, float]:
-        """Return metrics over all workers; `accuracy` picks the epoch to keep."""
-
-    @property
-    @abstractmethod
-    def kept(self) -> nn.Module:
-        """The network that is the result: the module without the distiller's heads."""
-
-    def save(self, folder: str, weights: Mapping[str, Tensor]) -> None:
-        """Write the result's weights into a folder or URI."""
-        content = safetensors.torch.save({name: value.contiguous() for name, value in weights.items()})
-        storage.write_bytes(storage.join(folder, "model.safetensors"), content)
-
-    def num_parameters(self) -> int:
-        """Return the number of trained values of the result."""
-        return sum(p.numel() for p in self.kept.parameters())
+_MAX_STEPS_UNSEEN = 1000
 
 
 @dataclass(frozen=True)
@@ -87,7 +40,7 @@ class TrainingOutcome:
     """What a training left.
 
     Attributes:
-        weights: of the best epoch.
+        weights: of the best epoch; their moving average with `ema_decay`.
         accuracy: on validation, 0 to 1.
         seconds: of training and validation, over all restarts.
     """
@@ -99,154 +52,249 @@ class TrainingOutcome:
     seconds: float
 
 
-class DivergedError(UserError):
-    """The loss became NaN or infinite; the message names the terms and the epoch."""
-
-
 def train(
-    task: TrainTask, config: TrainingConfig, context: WorkerContext, key: str, label: str
+    task: TrainTask,
+    config: TrainingConfig,
+    context: WorkerContext,
+    key: str,
+    label: str,
+    folder: str | None = None,
 ) -> TrainingOutcome:
     """Train until `config.epochs` are done, resuming from the context's newest checkpoint.
 
     Args:
         key: identifies the run: its checkpoints are resumed, others are not.
         label: what to call it in progress lines.
+        folder: for `tensorboard/` and `diverged.json`, or URI; None: neither is written, no logger is used.
 
     Raises:
         DivergedError: the loss is not finite.
+        UserError: a logger's package is not installed, or the network cannot be compiled.
     """
-    for note in task.notes:
-        context.say(note)
-    module = task.module.to(context.device)
-    optimizer = build_optimizer(config, module)
-    scaler = torch.amp.GradScaler(context.device.type, enabled=config.precision == "float16")
-    state = TrainingState(key)
-    with context.latest_checkpoint() as folder:
-        found = None if folder is None else read_checkpoint(folder, key)
-    if found is not None:
-        state, tensors = found
-        module.load_state_dict(tensors["module"])
-        optimizer.load_state_dict(tensors["optimizer"])
-        scaler.load_state_dict(tensors["scaler"])
-        context.say(f"{label}: resuming after epoch {state.epoch}")
-    wrapped: nn.Module = module
-    if context.world_size > 1:
-        # The buffers are constants and batch-norm statistics; the latter are averaged once an epoch.
-        wrapped = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(context.listening())
+        return _Training(task, config, context, key, label, folder, stack).run()
 
-    said = time.perf_counter()
-    for epoch in range(state.epoch, config.epochs):
-        torch.manual_seed((config.seed * 1_000_003 + epoch) * 4096 + context.rank)
+
+class _Training:
+    """A training in progress."""
+
+    def __init__(
+        self,
+        task: TrainTask,
+        config: TrainingConfig,
+        context: WorkerContext,
+        key: str,
+        label: str,
+        folder: str | None,
+        stack: contextlib.ExitStack,
+    ) -> None:
+        self.task, self.config, self.context, self.label = task, config, context, label
+        for note in task.notes:
+            context.say(note)
+        self.step = TrainStep(task, config, context)
+        self.watch = LossWatch(task.sample_ids, folder)
+        self.next_look = 1
+        self.steps_unheard = 0
+        self.state = TrainingState(key)
+        found = newest_checkpoint(context, key)
+        context.resumable = found is not None
+        if found is not None:
+            self.state, tensors = found
+            self.step.load_state_dict(tensors)
+            self.step.terms = self.state.partial.terms
+            context.say(f"{label}: resuming after {_position(self.state)}")
+        self.loggers: list[RunLogger] = []
+        if context.rank == 0 and folder is not None and self.state.epoch < config.epochs:
+            self.loggers = open_loggers(config, folder, key, label, self.state.epoch)
+            for logger in self.loggers:
+                stack.callback(logger.close)
+
+    def run(self) -> TrainingOutcome:
+        config, state = self.config, self.state
+        said = time.perf_counter()
+        while state.epoch < config.epochs:
+            self.step.module.train()
+            self._train_epoch()
+            record = self._finish_epoch()
+            if time.perf_counter() - said >= _SAY_EVERY_S or state.epoch in (1, config.epochs):
+                said = time.perf_counter()
+                self.context.say(_epoch_line(self.label, record, config.epochs))
+            if state.epoch % config.checkpoint_every == 0 or state.epoch == config.epochs:
+                self._checkpoint()
+        return TrainingOutcome(state.best, state.best_epoch, state.best_accuracy, state.history, state.seconds)
+
+    def _train_epoch(self) -> None:
+        """Train what is left of the epoch; its sums are in the state then."""
+        config, context, partial = self.config, self.context, self.state.partial
+        epoch = self.state.epoch
+        num_steps = max(1, self.task.num_samples // config.batch_size)
+        sums = self._earlier_sums() if partial.sums else None
+        clock = _Clock()
+        looked = partial.steps
+        for batch in clock.timed(self.task.batches(epoch, context, partial.steps)):
+            _seed(config.seed, epoch, partial.steps, context.rank)
+            row = self.step(batch, epoch + partial.steps / num_steps)
+            self.watch.note(partial.steps, row, batch)
+            sums = row if sums is None else sums + row
+            partial.steps += 1
+            every = config.checkpoint_every_steps
+            due = every is not None and partial.steps % every == 0 and partial.steps < num_steps
+            if due or partial.steps - looked >= self.next_look:
+                warned = self._look(clock, partial.steps - looked)
+                looked = partial.steps
+                if due or warned:
+                    self._pause(sums, clock)
+                    self._checkpoint(warned)
+                    sums = self._earlier_sums()
+        assert sums is not None, "an epoch without batches"
+        warned = partial.steps > looked and self._look(clock, partial.steps - looked)
+        self._pause(sums, clock)
+        if warned:
+            self._checkpoint(warned)
+
+    def _look(self, clock: "_Clock", steps: int) -> bool:
+        """Raise if the loss is not finite; return whether a worker was warned. Settles when to look again."""
+        first = float(self.context.rank == 0)
+        self.steps_unheard += steps
+        warned = False
+        if self.steps_unheard >= self.next_look:  # not after every short epoch: under Ray it takes milliseconds
+            self.steps_unheard = 0
+            warned = self.context.warned()
+        facts = torch.tensor([clock.lap() * first, float(warned)], dtype=torch.float64)
+        facts = torch.cat([self.watch.num_bad()[None], facts.to(self.context.device)])
+        num_bad, seconds, num_warned = self.context.reduce_sum(facts).tolist()
+        if num_bad > 0:
+            raise self.watch.diverged(self.state.epoch, self.step.terms, self.context)
+        self.watch.clear()
+        # Of the sums, so that all workers look after the same steps.
+        self.next_look = int(min(max(_LOOK_EVERY_S * steps / max(seconds, 1e-9), 1), _MAX_STEPS_UNSEEN))
+        return bool(num_warned > 0)
+
+    def _earlier_sums(self) -> Tensor:
+        """Return the sums in the state, which are of all workers, for one of them to bring in again."""
+        sums = torch.tensor(self.state.partial.sums, dtype=torch.float64, device=self.context.device)
+        return sums * float(self.context.rank == 0)
+
+    def _pause(self, sums: Tensor, clock: "_Clock") -> None:
+        """Note in the state what was trained of the epoch, and give all workers the same running statistics.
+
+        These are the mean of what each worker saw of its part of the batches.
+        """
+        partial = self.state.partial
+        partial.terms = self.step.terms
+        partial.sums = self.context.reduce_sum(sums.clone()).tolist()
+        seconds, data_seconds = clock.take()
+        partial.seconds += seconds
+        partial.data_seconds += data_seconds
+        values = batch_statistics(self.step.module)
+        if self.step.average is not None:
+            values += self.step.average.statistics()
+        mean_over_workers(values, self.context)
+
+    def _finish_epoch(self) -> EpochRecord:
+        """Validate, and note the epoch in the history."""
+        state, partial = self.state, self.state.partial
         started = time.perf_counter()
-        module.train()
-        sums = _train_epoch(task, wrapped, optimizer, scaler, config, context, epoch)
-        _average_batch_statistics(module, context)
-        train_seconds = time.perf_counter() - started
-        module.eval()
-        accuracy = task.validate(context)["accuracy"]
-
-        count = sums.pop("samples")
-        correct = sums.pop("correct")
+        self.step.module.eval()
+        with contextlib.ExitStack() as stack:
+            if self.step.average is not None:
+                stack.enter_context(self.step.average.applied())
+            if self.config.compile:  # for the training's batches; others would be compiled anew
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            accuracy = self.task.validate(self.context)["accuracy"]
+            if accuracy > state.best_accuracy:
+                state.best_accuracy, state.best_epoch = accuracy, state.epoch + 1
+                kept = self.task.kept.state_dict()
+                state.best = {name: value.detach().cpu().clone() for name, value in kept.items()}
+        loss, *terms, correct, count = partial.sums
         record = EpochRecord(
-            epoch=epoch + 1,
-            learning_rate=optimizer.param_groups[0]["lr"],
-            loss=sums.pop("loss") / count,
-            terms={name: value / count for name, value in sums.items()},
+            epoch=state.epoch + 1,
+            learning_rate=self.step.optimizer.param_groups[0]["lr"],
+            loss=loss / count,
+            terms={name: value / count for name, value in zip(partial.terms, terms, strict=True)},
             train_accuracy=None if correct < 0 else correct / count,
             validation_accuracy=accuracy,
-            seconds=time.perf_counter() - started,
-            images_per_second=count / train_seconds,
+            seconds=partial.seconds + time.perf_counter() - started,
+            images_per_second=count / partial.seconds,
+            data_seconds=partial.data_seconds,
+            data_share=min(partial.data_seconds / partial.seconds, 1.0),
         )
-        state.epoch = epoch + 1
+        state.epoch += 1
+        state.partial = PartialEpoch()
         state.history.append(record)
         state.seconds += record.seconds
-        if accuracy > state.best_accuracy:
-            state.best_accuracy, state.best_epoch = accuracy, state.epoch
-            state.best = {k: v.detach().cpu().clone() for k, v in task.kept.state_dict().items()}
-        if time.perf_counter() - said >= _SAY_EVERY_S or state.epoch in (1, config.epochs):
-            said = time.perf_counter()
-            context.say(_epoch_line(label, record, config.epochs))
-        if state.epoch % config.checkpoint_every == 0 or state.epoch == config.epochs:
-            with contextlib.ExitStack() as stack:
-                checkpoint = None
-                if context.rank == 0:
-                    parts = (module.state_dict(), optimizer.state_dict(), scaler.state_dict())
-                    checkpoint = stack.enter_context(written_checkpoint(state, *parts))
-                context.report({"epoch": state.epoch, "validation_accuracy": accuracy}, checkpoint)
+        for logger in self.loggers:
+            logger.log(record)
+        return record
 
-    return TrainingOutcome(state.best, state.best_epoch, state.best_accuracy, state.history, state.seconds)
-
-
-def _train_epoch(
-    task: TrainTask,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    config: TrainingConfig,
-    context: WorkerContext,
-    epoch: int,
-) -> dict[str, float]:
-    """Train one epoch; return sums over samples and workers: loss, terms, `correct` (< 0: none), `samples`."""
-    size = min(config.batch_size, task.num_samples)
-    steps = max(1, task.num_samples // size)
-    names: list[str] | None = None
-    sums: Tensor | None = None
-    for step, batch in enumerate(task.batches(epoch, context)):
-        rate = learning_rate(config, epoch + step / steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        with autocast(context.device, config.precision):
-            output: StepOutput = module(batch)
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(output.loss.loss).backward()  # type: ignore[no-untyped-call]
-        if config.max_gradient_norm is not None:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(module.parameters(), config.max_gradient_norm)
-        scaler.step(optimizer)
-        scaler.update()
-        task.after_step(batch)
-
-        count = len(batch.labels)
-        correct = torch.tensor(-1.0) if output.correct is None else output.correct
-        names = list(output.loss.terms)
-        values = [output.loss.loss, *output.loss.terms.values()]
-        row = torch.stack([value.detach().double() * count for value in values])
-        row = torch.cat([row, correct.to(row)[None], row.new_tensor([float(count)])])
-        sums = row if sums is None else sums + row
-    assert sums is not None, "an epoch without batches"
-    assert names is not None
-    total = context.reduce_sum(sums)
-    _check_finite(total, names, epoch)  # of the sum over workers, so that all of them stop together
-    return dict(zip(["loss", *names, "correct", "samples"], total.tolist(), strict=True))
+    def _checkpoint(self, warned: bool = False) -> None:
+        """Write a checkpoint; if this worker is to be ended soon, give way after it."""
+        state = self.state
+        if warned:
+            self.context.say(f"{self.label}: warned of an end; checkpoint after {_position(state)}")
+        with contextlib.ExitStack() as stack:
+            checkpoint = None
+            if self.context.rank == 0:
+                checkpoint = stack.enter_context(written_checkpoint(state, self.step.state_dict()))
+            metrics = {
+                "epoch": state.epoch,
+                "step": state.partial.steps,
+                "validation_accuracy": state.history[-1].validation_accuracy if state.history else None,
+            }
+            self.context.report(metrics, checkpoint)
+        self.context.resumable = True
+        for logger in self.loggers:
+            logger.save()
+        if warned:
+            self.context.give_way()
 
 
-def _average_batch_statistics(module: nn.Module, context: WorkerContext) -> None:
-    """Give all workers the same running statistics: the mean of what each saw of its part of the batches."""
-    if context.world_size == 1:
-        return
-    for layer in module.modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None:
-            assert layer.running_var is not None
-            for statistic in (layer.running_mean, layer.running_var):
-                statistic.copy_(context.reduce_sum(statistic) / context.world_size)
+class _Clock:
+    """Time spent, and the part of it spent waiting for batches."""
+
+    def __init__(self) -> None:
+        self._taken = self._lapped = time.perf_counter()
+        self._waited = 0.0
+
+    def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            self._waited += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
+
+    def lap(self) -> float:
+        """Return the seconds since the last lap."""
+        now = time.perf_counter()
+        seconds, self._lapped = now - self._lapped, now
+        return seconds
+
+    def take(self) -> tuple[float, float]:
+        """Return the seconds since they were last taken, and how many of them were waited."""
+        now = time.perf_counter()
+        seconds, self._taken = now - self._taken, now
+        waited, self._waited = self._waited, 0.0
+        return seconds, waited
 
 
-def _check_finite(sums: Tensor, names: list[str], epoch: int) -> None:
-    bad = [
-        name
-        for name, value in zip(["loss", *names], sums.tolist(), strict=False)
-        if not abs(value) < float("inf")
-    ]
-    if bad:
-        raise DivergedError(
-            f"training diverged in epoch {epoch + 1}: {', '.join(bad)} is not finite; "
-            "lower training.learning_rate, set training.max_gradient_norm, or lower that term's weight"
-        )
+def _seed(*numbers: int) -> None:
+    """Seed torch's generators by (seed, epoch, step, rank)."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
+
+
+def _position(state: TrainingState) -> str:
+    within = f", step {state.partial.steps} of the next" if state.partial.steps else ""
+    return f"epoch {state.epoch}{within}"
 
 
 def _epoch_line(label: str, record: EpochRecord, epochs: int) -> str:
     terms = "  ".join(f"{name} {value:.3f}" for name, value in record.terms.items())
+    accuracy, waiting = 100 * (record.validation_accuracy or 0), 100 * (record.data_share or 0)
     return (
         f"{label}: epoch {record.epoch}/{epochs}  loss {record.loss:.3f}  {terms}  "
-        f"validation {100 * (record.validation_accuracy or 0):.1f} %  {record.images_per_second:,.0f} images/s"
+        f"validation {accuracy:.1f} %  {record.images_per_second:,.0f} images/s, "
+        f"{waiting:.0f} % waiting for data"
     )

@@ -11,16 +11,18 @@ from tmkd_ray.config import TrainingConfig
 from tmkd_ray.datasets.base import SampleIndex
 from tmkd_ray.datasets.splits import few_labels
 from tmkd_ray.distillers import DistillationSpec
+from tmkd_ray.distillers.base import MapShape
 from tmkd_ray.fusion import TeacherConstants, TeachingSignal
-from tmkd_ray.knowledge.store import KnowledgeArrays
+from tmkd_ray.knowledge import KnowledgeArrays, KnowledgeLayout
 from tmkd_ray.models import ImageClassifier
 from tmkd_ray.objective import Distiller, DistillerConfig
 from tmkd_ray.settings import ImageStatistics
 from tmkd_ray.teachers.pixels import Normalize
 from tmkd_ray.training.context import WorkerContext
-from tmkd_ray.training.loader import Batch, ResidentKnowledge
+from tmkd_ray.training.loader import Batch, BatchSource, ResidentImages, ResidentKnowledge
 from tmkd_ray.training.loop import StepOutput, TrainTask
 from tmkd_ray.training.metrics import evaluate
+from tmkd_ray.training.mixing import Mixing, mixed_loss
 from tmkd_ray.types import ModelOutput
 
 
@@ -33,15 +35,21 @@ class StudentModule(nn.Module):
         distiller: Distiller,
         signal: TeachingSignal | None,
         normalize: Normalize,
+        mixing: Mixing | None = None,
     ) -> None:
         super().__init__()
+        assert mixing is None or signal is None, "no teacher saw the mixed images"
+        self.mixing = mixing
         self.student = student
         self.distiller = distiller
         self.signal = signal
         self.normalize = normalize
 
     def forward(self, batch: Batch) -> StepOutput:
-        output: ModelOutput = self.student(self.normalize(batch.images))
+        images = self.normalize(batch.images)
+        if self.mixing is not None:
+            return self._learn_mixed(self.mixing, images, batch.labels)
+        output: ModelOutput = self.student(images)
         teacher = None
         if self.signal is not None:
             assert batch.knowledge is not None
@@ -49,30 +57,39 @@ class StudentModule(nn.Module):
         loss = self.distiller(output, teacher, batch.labels)
         return StepOutput(loss, (output.logits.argmax(1) == batch.labels).sum())
 
+    def _learn_mixed(self, mixing: Mixing, images_BCHW: Tensor, labels_B: Tensor) -> StepOutput:
+        images_BCHW, mixture = mixing(images_BCHW, labels_B)
+        output: ModelOutput = self.student(images_BCHW)
+        return StepOutput(mixed_loss(lambda labels: self.distiller(output, None, labels), labels_B, mixture))
+
 
 class StudentTask(TrainTask):
-    """A student taught from resident knowledge.
+    """A student and what it learns from.
 
     Args:
         student: untrained.
-        train, validation: the splits of one store.
+        source: of the batches.
+        layout: of the knowledge.
+        validation_images: uint8 [N, H, W, 3]. validation_labels: int64 [N].
         constants: classifier and text bank; None when no teacher takes part.
         views: those the teacher looks at.
+        teacher_maps: shapes of the visual teacher's feature maps, where a strategy reads them.
     """
 
     def __init__(
         self,
         student: ImageClassifier,
-        train: KnowledgeArrays,
-        validation: KnowledgeArrays,
+        source: BatchSource,
+        layout: KnowledgeLayout,
+        validation_images: np.ndarray,
+        validation_labels: np.ndarray,
         constants: TeacherConstants | None,
         distiller: DistillerConfig,
         views: tuple[str, ...],
         training: TrainingConfig,
-        augmentation: AugmentationConfig,
         mean: ImageStatistics,
         std: ImageStatistics,
-        device: torch.device,
+        teacher_maps: tuple[MapShape, ...] | None = None,
     ) -> None:
         signal = None
         if constants is not None:
@@ -83,33 +100,43 @@ class StudentTask(TrainTask):
                 distiller.fusion_temperature,
                 distiller.clip_temperature,
             )
-        positions = labelled_positions(train, training)
-        layout = train.layout
         spec = DistillationSpec(
             num_classes=student.head.out_features,
             student_width=student.feature_width,
             teacher_width=layout.feature_width,
             clip_width=layout.clip_width,
-            num_samples=len(train) if positions is None else len(positions),
+            num_samples=len(source),
+            class_counts=tuple(np.bincount(source.class_labels, minlength=student.head.out_features).tolist()),
+            student_maps=student.map_shapes(layout.image_size) if distiller.needs_online else None,
+            teacher_maps=teacher_maps,
         )
         self.module: StudentModule = StudentModule(
             student,
             Distiller(distiller, spec, training.label_smoothing),
             signal,
             Normalize(mean, std),
+            Mixing(training.mixup, training.cutmix) if training.mixes else None,
         )
         self.training = training
-        self.data = ResidentKnowledge(
-            train, device, augmentation, training.seed, positions, with_teacher=signal is not None
-        )
-        self.num_samples = len(self.data)
-        self.validation_images = torch.from_numpy(validation.images.copy())
-        self.validation_labels = torch.from_numpy(validation.labels.copy())
+        self.source = source
+        self.num_samples = len(source)
+        self.validation_images = torch.from_numpy(validation_images.copy())
+        self.validation_labels = torch.from_numpy(validation_labels.copy())
 
-    def batches(self, epoch: int, context: WorkerContext) -> Iterator[Batch]:
-        return self.data.batches(
-            epoch, self.training.batch_size, self.training.seed, context.rank, context.world_size
+    def batches(self, epoch: int, context: WorkerContext, first_step: int = 0) -> Iterator[Batch]:
+        self.source.say = context.say
+        self.module.distiller.set_progress(epoch)
+        return self.source.batches(
+            epoch,
+            self.training.batch_size,
+            self.training.seed,
+            context.rank,
+            context.world_size,
+            first_step,
         )
+
+    def sample_ids(self, indices_B: Tensor) -> list[str]:
+        return [str(self.source.ids[index]) for index in indices_B.tolist()]
 
     def after_step(self, batch: Batch) -> None:
         self.module.distiller.after_step(batch.indices)
@@ -132,13 +159,31 @@ class StudentTask(TrainTask):
         return self.module.student
 
 
-def labelled_positions(arrays: KnowledgeArrays, training: TrainingConfig) -> np.ndarray | None:
+def resident_source(
+    arrays: KnowledgeArrays,
+    training: TrainingConfig,
+    augmentation: AugmentationConfig,
+    device: torch.device,
+    with_teacher: bool,
+) -> ResidentImages:
+    """Return what a store holds for the student's few or all labels, on the training device."""
+    positions = labelled_positions(arrays.ids, arrays.labels, training)
+    if with_teacher:
+        return ResidentKnowledge(arrays, device, augmentation, training.seed, positions)
+    rows = slice(None) if positions is None else positions
+    assert arrays.images is not None
+    return ResidentImages(
+        arrays.images[rows], arrays.labels[rows], arrays.ids[rows], device, augmentation, training.seed
+    )
+
+
+def labelled_positions(ids: np.ndarray, labels: np.ndarray, training: TrainingConfig) -> np.ndarray | None:
     """Return the rows of the few labelled images that the student may see; None for all of them.
 
     They depend on the training seed: another seed is another draw, the same for every method.
     """
     if training.labels_per_class is None:
         return None
-    rows = np.arange(len(arrays))
-    index = SampleIndex(arrays.ids, arrays.labels, np.zeros(len(rows), np.int32), rows)
+    rows = np.arange(len(ids))
+    index = SampleIndex(ids, labels, np.zeros(len(rows), np.int32), rows)
     return np.sort(few_labels(index, training.labels_per_class, training.seed).row)

@@ -1,0 +1,129 @@
+"""The three modes, and the store's commands, under a real Ray."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_road import TINY
+
+from tmkd_ray.cli import main
+from tmkd_ray.config_reading import read_config
+from tmkd_ray.knowledge import KnowledgeStore
+from tmkd_ray.stages.distillation import found_students
+from tmkd_ray.stages.experiment import open_experiment
+
+pytestmark = pytest.mark.ray
+
+ONE_STUDENT = ["methods={}", "seeds=null", "training.labels_per_class=null"]
+
+
+def histories(options):
+    """Return what every finished student of a configuration went through."""
+    return [student.outcome.history for student in found_students(open_experiment(read_config(None, options)))]
+
+
+@pytest.fixture(scope="module")
+def modes(tiny_run):
+    """One epoch with the same pixels in every mode, by two workers: histories by mode."""
+    found = {}
+    for mode in ("cached", "streaming", "online"):
+        options = [
+            *TINY,
+            *ONE_STUDENT,
+            f"output={tiny_run}",
+            f"knowledge.mode={mode}",
+            f"knowledge.path={tiny_run / ('modes-' + mode)}",
+            "knowledge.num_variants=1",
+            "knowledge.dtype=float32",
+            "training.epochs=1",
+        ]
+        assert main(["knowledge", *options]) == 0
+        assert main(["distill", *options]) == 0
+        (found[mode],) = histories(options)
+    return found
+
+
+@pytest.mark.parametrize("mode", ["streaming", "online"])
+def test_the_modes_learn_the_same(modes, mode):
+    (cached,), (other,) = modes["cached"], modes[mode]
+    assert set(other.terms) == {"ce", "kd", "feature", "text", "contrastive"}
+    assert other.terms == pytest.approx(cached.terms, rel=1e-3)
+    assert other.train_accuracy == pytest.approx(cached.train_accuracy, abs=0.011)  # two images of 216
+
+
+def test_beside_the_training_only_the_validation_images_are_stored(modes, tiny_run):
+    manifest = KnowledgeStore(str(tiny_run / "modes-streaming")).manifest()
+    assert {shard.split for shard in manifest.shards} == {"validation"}
+    assert manifest.layouts["train"].num_variants == 1
+
+
+def test_a_stream_serves_several_epochs_and_few_labels(tiny_run, capsys):
+    options = [*TINY, f"output={tiny_run}", "methods={kd: kd, alone: alone}", "seeds=null"]
+    options += ["knowledge.mode=streaming", "training.epochs=3", "training.batch_size=10"]
+    assert main(["run", *options]) == 0
+    kd, alone = histories(options)
+    assert [record.epoch for record in kd] == [record.epoch for record in alone] == [1, 2, 3]
+    assert "kd" in kd[0].terms
+    results = json.loads((tiny_run / "tiny" / "results.json").read_text())
+    assert results["dataset"]["num_train"] + results["dataset"]["num_validation"] == 240
+    assert results["dataset"]["num_labelled_for_students"] == 50
+
+
+@pytest.mark.parametrize("images", ["lossless", "jpeg", "reference"])
+def test_stores_of_every_image_format_train_a_student(tiny_run, tmp_path, images, capsys):
+    dtype = "int8" if images == "lossless" else "float16"
+    options = [*TINY, *ONE_STUDENT, f"output={tiny_run}", f"knowledge.path={tmp_path / 'store'}"]
+    options += [f"knowledge.images={images}", f"knowledge.dtype={dtype}", "training.epochs=1", "name=tiny"]
+    assert main(["knowledge", *options]) == 0
+    said = capsys.readouterr().err
+    assert f"({dtype}, images {images})" in said
+    assert "holds the others back" in said
+    assert said.count("variants/s") == 4
+    assert main(["distill", *options]) == 0
+    ((record,),) = histories(options)
+    assert np.isfinite(record.loss)
+    assert main(["knowledge", "verify", "--store", str(tmp_path / "store")]) == 0
+    assert capsys.readouterr().out.endswith("sound\n")
+
+
+def test_verify_names_what_is_wrong(tiny_run, tmp_path, capsys):
+    options = [*TINY, f"output={tiny_run}", f"knowledge.path={tmp_path / 'store'}"]
+    assert main(["knowledge", *options]) == 0
+    shard = next((tmp_path / "store" / "train").glob("00001-*.parquet"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    capsys.readouterr()
+    assert main(["knowledge", "verify", *options]) == 1
+    assert shard.name in capsys.readouterr().out
+
+
+def test_show_says_what_is_in_a_store(tiny_run, capsys):
+    assert main(["knowledge", "show", *TINY, f"output={tiny_run}"]) == 0
+    said = capsys.readouterr().out
+    for expected in ("digits", "original", "edge", "high_frequency", "resnet8", "semantic", "zero"):
+        assert expected in said
+
+
+@pytest.mark.parametrize("loader", ["mapped", "streaming"])
+def test_every_loader_gives_the_same_student(tiny_run, tmp_path, loader):
+    """Bit for bit: the weights of the tiny run's own students, which read the store from memory."""
+    options = [*TINY, *ONE_STUDENT, f"output={tiny_run}", "training.epochs=2"]
+    weights = []
+    for extra in ("resident", loader):
+        assert (
+            main(["distill", *options, f"knowledge.loader={extra}", f"knowledge.node_copies={tmp_path}"]) == 0
+        )
+        (student,) = found_students(open_experiment(read_config(None, options)))
+        weights.append(load_file(student.path))
+        for file in (tiny_run / "tiny" / "students").glob(f"tmkd-seed0-{student.outcome.key}/outcome.json"):
+            file.unlink()  # else it is not trained again
+        for folder in (tiny_run / "tiny" / "students").glob("*/checkpoints"):
+            shutil.rmtree(folder)
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
+    assert any(tmp_path.rglob("feature.npy"))

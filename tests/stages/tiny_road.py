@@ -1,0 +1,20 @@
+"""A road that takes seconds: overrides of the default configuration."""
+
+TINY = [
+    "dataset=digits",
+    "dataset.limit=240",
+    "name=tiny",
+    "teacher.visual.model=resnet8",
+    "teacher.visual.fit.epochs=2",
+    "teacher.text.fit.epochs=2",
+    "teacher.text.architecture={patch_size: 8, vision_layers: 1, vision_width: 32, text_layers: 1, "
+    "text_width: 32, embedding_width: 16}",
+    "knowledge.num_variants=2",
+    "knowledge.shard_rows=64",
+    "knowledge.visual.batch_size=64",
+    "knowledge.text.batch_size=64",
+    "training.epochs=3",
+    "training.labels_per_class=5",
+    "methods={alone: alone, kd: kd, tmkd: tmkd}",
+    "seeds=[0, 1]",
+]

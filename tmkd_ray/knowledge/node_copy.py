@@ -1,0 +1,101 @@
+"""One copy of a store per machine, on its disk, which all processes map into memory and none loads.
+
+The shards of a store are packed for storage: hashed, compressed, cut in pieces. The copy holds the same arrays
+as plain `.npy` files, so that any rows can be read at once by any number of trainings, which share the pages.
+It lies below `root`, named by the store's content; a copy of another content is another folder.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tmkd_ray.errors import UserError
+from tmkd_ray.knowledge.store import KnowledgeArrays, KnowledgeStore
+
+_NAMES = (
+    "ids",
+    "labels",
+    "images",
+    "augmentation",
+    "feature",
+    "clip_embedding",
+    "feature_scale",
+    "clip_embedding_scale",
+)
+
+
+def default_root() -> str:
+    """Return `$TMKD_CACHE`, or the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.environ.get("TMKD_CACHE") or os.path.join(home, "tmkd_ray")
+
+
+def map_store(store: KnowledgeStore, split: str, root: str | None = None) -> KnowledgeArrays:
+    """Return a split of a store as read-only arrays mapped from this machine's copy, made on first use.
+
+    Processes that want the same copy at once wait for the one that makes it.
+
+    Args:
+        root: folder for copies on a local disk; None for `default_root`.
+
+    Raises:
+        UserError: the store is missing or damaged; the disk is full (names the folder).
+    """
+    manifest = store.manifest()
+    content = json.dumps([asdict(shard) for shard in manifest.shards if shard.split == split])
+    key = hashlib.sha256(content.encode()).hexdigest()[:24]
+    folder = Path(root or default_root()) / "knowledge" / f"{key}-{split}"
+    try:
+        with _locked(folder):
+            if not folder.is_dir():
+                _make(store, split, folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot make this machine's copy of the knowledge store in {folder}: {error}; give another disk "
+            "by knowledge.node_copies or $TMKD_CACHE, or set knowledge.loader=resident"
+        ) from error
+    arrays: dict[str, Any] = dict.fromkeys(_NAMES)
+    for name in _NAMES:
+        file = folder / f"{name}.npy"
+        if file.exists():
+            arrays[name] = np.load(file, mmap_mode="r")
+    arrays["ids"] = np.asarray(arrays["ids"])
+    return KnowledgeArrays(manifest.layouts[split], **arrays)
+
+
+def _make(store: KnowledgeStore, split: str, folder: Path) -> None:
+    """Write a copy whole: under another name first."""
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    columns = {"image": "images"}
+
+    def allocate(column: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+        path = unfinished / f"{columns.get(column, column)}.npy"
+        return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+
+    arrays = store.read(split, allocate=allocate)
+    np.save(unfinished / "ids.npy", arrays.ids)
+    np.save(unfinished / "labels.npy", arrays.labels)
+    for name in _NAMES:
+        values = getattr(arrays, name)
+        if isinstance(values, np.memmap):
+            values.flush()
+    unfinished.rename(folder)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f"{folder.name}.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

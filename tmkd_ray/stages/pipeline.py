@@ -1,0 +1,170 @@
+"""The one lazy expression from images to knowledge, as Ray Data runs it; written once or streamed."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+
+from tmkd_ray.config import ExperimentConfig, KnowledgeConfig, PoolConfig, TeacherPoolConfig
+from tmkd_ray.knowledge import KnowledgeLayout
+from tmkd_ray.knowledge.compute import ClipStage, VisualStage
+from tmkd_ray.stages.experiment import Experiment
+from tmkd_ray.stages.session import num_gpus
+from tmkd_ray.teachers import ClipTeacher, VisualTeacher
+
+
+class _VisualActor(VisualStage):
+    """A member of the visual teacher's pool; `model` lies in the cluster's object store."""
+
+    def __init__(self, model: list[Any], *arguments: Any) -> None:
+        super().__init__(ray.get(model[0]), *arguments)
+
+
+class _ClipActor(ClipStage):
+    """A member of CLIP's pool; `model` lies in the cluster's object store."""
+
+    def __init__(self, model: list[Any], *arguments: Any) -> None:
+        super().__init__(ray.get(model[0]), *arguments)
+
+
+def knowledge_layouts(
+    config: ExperimentConfig, visual: VisualTeacher, clip: ClipTeacher | None
+) -> dict[str, KnowledgeLayout]:
+    """Return the layout of each split of the knowledge."""
+
+    def layout(num_variants: int) -> KnowledgeLayout:
+        return KnowledgeLayout(
+            views=tuple(config.views),
+            num_variants=num_variants,
+            image_size=config.dataset.image_size,
+            feature_width=visual.feature_width,
+            clip_width=None if clip is None else clip.embedding_width,
+            dtype=config.knowledge.dtype,
+            image_format=config.knowledge.images,
+        )
+
+    return {"train": layout(config.knowledge.num_variants), "validation": layout(1)}
+
+
+def view_stage_options(experiment: Experiment, layouts: dict[str, KnowledgeLayout]) -> tuple[Any, ...]:
+    """Return the arguments of a `ViewStage`."""
+    config = experiment.config
+    return (experiment.dataset, experiment.views(), layouts, config.augmentation, config.knowledge.seed)
+
+
+def teacher_stages(
+    dataset: ray.data.Dataset,
+    config: ExperimentConfig,
+    view_actor: type,
+    view_arguments: tuple[Any, ...],
+    visual: VisualTeacher,
+    clip: ClipTeacher | None,
+    layouts: dict[str, KnowledgeLayout],
+) -> ray.data.Dataset:
+    """Return the dataset of plans, mapped through the view pool and the teachers' pools.
+
+    Args:
+        dataset: one block of one row for each shard or piece.
+        view_actor: class of the view pool's actors, built from `view_arguments`.
+    """
+    dataset = view_stage(dataset, view_actor, view_arguments, config.knowledge.views)
+    return teachers_of_views(dataset, config.knowledge, visual, clip, layouts)
+
+
+def plan_dataset(tables: Sequence[pa.Table]) -> ray.data.Dataset:
+    """Return a dataset of plans, a block of one row for each, with the settings that shards need."""
+    _set_context()
+    return ray.data.from_arrow(list(tables))
+
+
+def view_stage(
+    dataset: ray.data.Dataset, actor: type, arguments: tuple[Any, ...], pool: PoolConfig
+) -> ray.data.Dataset:
+    """Return the dataset of plans, mapped through the view pool."""
+    _set_context()
+    return dataset.map_batches(actor, fn_constructor_args=arguments, **_pool(pool, 0.0))
+
+
+def teachers_of_views(
+    dataset: ray.data.Dataset,
+    pools: KnowledgeConfig,
+    visual: VisualTeacher,
+    clip: ClipTeacher | None,
+    layouts: dict[str, KnowledgeLayout],
+) -> ray.data.Dataset:
+    """Return the dataset of views, mapped through the teachers' pools; the last one drops the pixels."""
+    _set_context()
+    teachers: list[tuple[type, VisualTeacher | ClipTeacher, TeacherPoolConfig]] = [
+        (_VisualActor, visual, pools.visual)
+    ]
+    if clip is not None:
+        teachers.append((_ClipActor, clip, pools.text))
+    share = gpu_share([pool for _, _, pool in teachers])
+    for number, (actor, model, pool) in enumerate(teachers):
+        gpus = share if pool.num_gpus is None else pool.num_gpus
+        device = "cuda" if gpus > 0 else "cpu"
+        last = number == len(teachers) - 1
+        arguments = (
+            [ray.put(model)],
+            layouts,
+            device,
+            pool.batch_size,
+            pool.precision,
+            pool.channels_last,
+            pool.compile,
+            last,
+        )
+        dataset = dataset.map_batches(actor, fn_constructor_args=arguments, **_pool(pool, gpus))
+    return dataset
+
+
+def write_stage(
+    dataset: ray.data.Dataset, writer: Callable[[pa.Table], pa.Table], num_writers: int
+) -> ray.data.Dataset:
+    """Return the dataset of finished shards, written by at most so many tasks at a time.
+
+    Without a bound Ray Data starts as many as fit its CPUs: each is a process that first imports PyTorch, and
+    memory of its own.
+    """
+
+    def write(table: pa.Table) -> pa.Table:
+        return writer(table)
+
+    compute = ray.data.TaskPoolStrategy(size=num_writers)
+    return dataset.map_batches(write, batch_size=1, batch_format="pyarrow", num_cpus=0.25, compute=compute)
+
+
+def _set_context() -> None:
+    context = ray.data.DataContext.get_current()
+    context.print_on_execution_start = False
+    context.target_max_block_size = None  # a shard is one row and must not be cut
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True  # so that a UserError of an actor arrives as one
+
+
+def _pool(pool: PoolConfig, gpus: float) -> dict[str, Any]:
+    """Return the options of `map_batches` for a pool; one batch is one shard, which is one row."""
+    return {
+        "batch_size": 1,
+        "batch_format": "pyarrow",
+        "zero_copy_batch": True,
+        "num_cpus": pool.num_cpus,
+        "num_gpus": gpus or None,
+        "compute": ray.data.ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size),
+    }
+
+
+def gpu_share(pools: list[TeacherPoolConfig]) -> float:
+    """Return the share of a GPU for each actor that does not say: all pools must fit the cluster at once."""
+    available = num_gpus() - sum(pool.min_size * (pool.num_gpus or 0.0) for pool in pools)
+    asking = sum(pool.min_size for pool in pools if pool.num_gpus is None)
+    if available <= 0 or asking == 0:
+        return 0.0
+    if available < 1:
+        return math.floor(100 * available / asking) / 100
+    # An actor's share lies on one GPU: so many actors a GPU that all of them find a place.
+    per_gpu = math.ceil(asking / math.floor(available))
+    return math.floor(100 / per_gpu) / 100
