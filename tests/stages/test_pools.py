@@ -1,9 +1,11 @@
 """How actor pools ask for the cluster's resources."""
 
+import dataclasses
+
 import pytest
 
-from tmkd_ray.config import PoolConfig, TeacherPoolConfig
-from tmkd_ray.stages import knowledge, pipeline
+from tmkd_ray.config import PoolConfig, TeacherPoolConfig, TrainingConfig
+from tmkd_ray.stages import knowledge, pipeline, training
 
 
 @pytest.mark.parametrize(
@@ -47,3 +49,29 @@ def test_large_images_make_small_shards():
     large = read_config(None, ["dataset=digits", "dataset.image_size=224", "knowledge.num_variants=2"])
     rows = knowledge._shard_rows(large)
     assert rows * 2 * 3 * 224 * 224 * 3 <= 64 * 2**20 < (rows + 1) * 2 * 3 * 224 * 224 * 3
+
+
+@pytest.mark.parametrize(
+    ("gpus", "workers", "of_worker", "of_teacher"),
+    [
+        (1, 1, 0.5, 0.25),
+        (2, 1, 1.0, 0.5),
+        (3, 1, 1.0, 1.0),
+        (2, 2, 0.5, 0.5),
+        (8, 4, 1.0, 1.0),
+        (4, (1, 4), 0.5, 1.0),
+    ],
+)
+def test_teachers_beside_the_training_leave_room_for_each_other(
+    monkeypatch, gpus, workers, of_worker, of_teacher
+):
+    monkeypatch.setattr(pipeline, "num_gpus", lambda: float(gpus))
+    monkeypatch.setattr(training, "num_gpus", lambda: float(gpus))
+    beside = training.TrainingJob("k", "label", "folder", TrainingConfig(), print, beside_teachers=True)
+    assert training._gpu_share(beside, workers) == of_worker
+    most = workers if isinstance(workers, int) else workers[1]
+    taken = most * of_worker
+    share = pipeline.gpu_share([TeacherPoolConfig(), TeacherPoolConfig()], taken)
+    assert share == of_teacher
+    assert taken + 2 * share <= gpus
+    assert training._gpu_share(dataclasses.replace(beside, beside_teachers=False), workers) == 1.0

@@ -117,6 +117,7 @@ def student_jobs(experiment: Experiment) -> list[tuple[str, int, TrainingJob]]:
                 folder=storage.join(experiment.folder, "students", f"{method}-seed{seed}-{key}"),
                 training=training,
                 build=functools.partial(_build_student, experiment, distiller, training, bank),
+                beside_teachers=config.knowledge.mode == "streaming",
             )
             jobs.append((method, seed, job))
     return jobs

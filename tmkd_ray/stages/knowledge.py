@@ -1,6 +1,7 @@
 """Compute the knowledge store with Ray Data: CPU actors for views, actor pools for the frozen teachers."""
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,32 +81,33 @@ def compute_knowledge(experiment: Experiment, teacher: Fitted, clip_fitted: Fitt
     clip = None if clip_fitted is None else ClipTeacher.load(clip_fitted.path)
     layouts = knowledge_layouts(config, visual, clip)
     store = KnowledgeStore(experiment.store_path)
-    plans = _plans(experiment)
-    expected = num_shards(experiment)
-    times = None
-    with WriterLease(store.path) as lease:
-        store.begin(fingerprint(experiment, visual, clip))
-        done = store.committed()
-        missing = [plan for plan in plans if (plan.split, plan.number) not in done]
-        if missing:
-            _say_estimate(missing, len(done), layouts, store.path)
-            times = _compute_shards(experiment, missing, visual, clip, store, layouts, lease)
-            for line in times.lines():
-                say(line)
-        store.write_head(visual.head_weight, visual.head_bias)
-        bank = _ensure_text_bank(experiment, store, clip)
-        names = experiment.task.class_names
-        lease.check()
-        if missing or not store.is_finished() or store.manifest().class_names != names:
-            if any(split not in expected for split, _ in done):
-                raise UserError(
-                    f"the store at {store.path} is that of an unfinished `knowledge.mode: cached`; finish it, "
-                    f"or give knowledge.path another folder for mode {config.knowledge.mode}"
-                )
-            manifest = store.finish(names, layouts, expected)
-        else:
-            manifest = store.manifest()
-            say(f"knowledge: the store at {store.path} is whole and matches, reused")
+    wanted = fingerprint(experiment, visual, clip)
+    bank = None
+    if clip is not None:
+        bank = text_bank_key(experiment.prompts(), experiment.task.class_names, clip.text_fingerprint())
+    times, missing = None, _missing(experiment, store, wanted)
+    if not missing and _is_whole(experiment, store, bank):
+        say(f"knowledge: the store at {store.path} is whole and matches, reused")
+    else:
+        with WriterLease(store.path) as lease:
+            if lease.took_over is not None:
+                say(f"knowledge: {lease.took_over}")
+            store.begin(wanted)
+            missing = _missing(experiment, store, wanted)
+            if missing:
+                _say_estimate(experiment, missing, layouts, store.path)
+                times = _compute_shards(experiment, missing, visual, clip, store, layouts, lease)
+                for line in times.lines():
+                    say(line)
+            store.write_head(visual.head_weight, visual.head_bias)
+            if clip is not None and bank is not None and not store.has_text_bank(bank):
+                prompts = list(experiment.prompts().values())
+                text_bank = clip.text_bank(prompts, experiment.task.class_names)
+                store.write_text_bank(bank, text_bank, clip.temperature)
+            lease.check()
+            if missing or not _is_whole(experiment, store, bank):
+                _finish(experiment, store, layouts)
+    manifest = store.manifest()
     for line in list_set_aside("knowledge", [SetAside(**entry) for entry in manifest.set_aside]):
         say(line)
     return KnowledgeResult(
@@ -176,11 +178,46 @@ def num_shards(experiment: Experiment) -> dict[str, int]:
     return counts
 
 
-def _say_estimate(missing: list[ShardPlan], done: int, layouts: dict[str, KnowledgeLayout], path: str) -> None:
+def _missing(experiment: Experiment, store: KnowledgeStore, wanted: Fingerprint) -> list[ShardPlan]:
+    """Return the planned shards that the store lacks.
+
+    Raises:
+        KnowledgeMismatchError: it is another configuration's store.
+    """
+    stored, done = store.fingerprint(), store.committed()
+    if stored is not None and done:
+        check_match(stored, wanted, store.path)
+    return [plan for plan in _plans(experiment) if (plan.split, plan.number) not in done]
+
+
+def _is_whole(experiment: Experiment, store: KnowledgeStore, bank: str | None) -> bool:
+    """Return whether a store without missing shards lacks nothing else either."""
+    if not store.is_finished() or (bank is not None and not store.has_text_bank(bank)):
+        return False
+    manifest = store.manifest()
+    there = Counter(shard.split for shard in manifest.shards)
+    enough = all(there[split] == count for split, count in num_shards(experiment).items())
+    return enough and manifest.class_names == experiment.task.class_names
+
+
+def _finish(experiment: Experiment, store: KnowledgeStore, layouts: dict[str, KnowledgeLayout]) -> None:
+    expected = num_shards(experiment)
+    if any(split not in expected for split, _ in store.committed()):
+        raise UserError(
+            f"the store at {store.path} is that of an unfinished `knowledge.mode: cached`; finish it, "
+            f"or give knowledge.path another folder for mode {experiment.config.knowledge.mode}"
+        )
+    store.finish(experiment.task.class_names, layouts, expected)
+
+
+def _say_estimate(
+    experiment: Experiment, missing: list[ShardPlan], layouts: dict[str, KnowledgeLayout], path: str
+) -> None:
     layout = layouts["train"]
     per_image = layout.bytes_per_image()
     images = sum(len(plan.index) for plan in missing)
     total = sum(len(plan.index) * layouts[plan.split].bytes_per_image() for plan in missing)
+    done = sum(num_shards(experiment).values()) - len(missing)
     say(
         f"knowledge: {images:,} images to compute in {len(missing)} shards ({done} done), about "
         f"{per_image / layout.num_variants / 1024:.2f} KB an image and variant ({layout.dtype}, images "
@@ -191,16 +228,6 @@ def _say_estimate(missing: list[ShardPlan], done: int, layouts: dict[str, Knowle
 def _shard_rows(config: ExperimentConfig) -> int:
     pixels = config.knowledge.num_variants * len(config.views) * config.dataset.image_size**2 * 3
     return min(config.knowledge.shard_rows, max(1, _MAX_SHARD_PIXELS // pixels))
-
-
-def _ensure_text_bank(experiment: Experiment, store: KnowledgeStore, clip: ClipTeacher | None) -> str | None:
-    if clip is None:
-        return None
-    prompts, names = experiment.prompts(), experiment.task.class_names
-    key = text_bank_key(prompts, names, clip.text_fingerprint())
-    if not store.has_text_bank(key):
-        store.write_text_bank(key, clip.text_bank(list(prompts.values()), names), clip.temperature)
-    return key
 
 
 @dataclass

@@ -63,15 +63,17 @@ def teacher_stages(
     visual: VisualTeacher,
     clip: ClipTeacher | None,
     layouts: dict[str, KnowledgeLayout],
+    gpus_taken: float = 0.0,
 ) -> ray.data.Dataset:
     """Return the dataset of plans, mapped through the view pool and the teachers' pools.
 
     Args:
         dataset: one block of one row for each shard or piece.
         view_actor: class of the view pool's actors, built from `view_arguments`.
+        gpus_taken: by the training beside it.
     """
     dataset = view_stage(dataset, view_actor, view_arguments, config.knowledge.views)
-    return teachers_of_views(dataset, config.knowledge, visual, clip, layouts)
+    return teachers_of_views(dataset, config.knowledge, visual, clip, layouts, gpus_taken)
 
 
 def plan_dataset(tables: Sequence[pa.Table]) -> ray.data.Dataset:
@@ -94,6 +96,7 @@ def teachers_of_views(
     visual: VisualTeacher,
     clip: ClipTeacher | None,
     layouts: dict[str, KnowledgeLayout],
+    gpus_taken: float = 0.0,
 ) -> ray.data.Dataset:
     """Return the dataset of views, mapped through the teachers' pools; the last one drops the pixels."""
     _set_context()
@@ -102,7 +105,7 @@ def teachers_of_views(
     ]
     if clip is not None:
         teachers.append((_ClipActor, clip, pools.text))
-    share = gpu_share([pool for _, _, pool in teachers])
+    share = gpu_share([pool for _, _, pool in teachers], gpus_taken)
     for number, (actor, model, pool) in enumerate(teachers):
         gpus = share if pool.num_gpus is None else pool.num_gpus
         device = "cuda" if gpus > 0 else "cpu"
@@ -157,9 +160,13 @@ def _pool(pool: PoolConfig, gpus: float) -> dict[str, Any]:
     }
 
 
-def gpu_share(pools: list[TeacherPoolConfig]) -> float:
-    """Return the share of a GPU for each actor that does not say: all pools must fit the cluster at once."""
-    available = num_gpus() - sum(pool.min_size * (pool.num_gpus or 0.0) for pool in pools)
+def gpu_share(pools: list[TeacherPoolConfig], taken: float = 0.0) -> float:
+    """Return the share of a GPU for each actor that does not say: all pools must fit the cluster at once.
+
+    Args:
+        taken: GPUs, or parts of them, that others hold.
+    """
+    available = num_gpus() - taken - sum(pool.min_size * (pool.num_gpus or 0.0) for pool in pools)
     asking = sum(pool.min_size for pool in pools if pool.num_gpus is None)
     if available <= 0 or asking == 0:
         return 0.0

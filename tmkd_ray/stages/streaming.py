@@ -94,8 +94,7 @@ class StreamedSource(BatchSource):
             context.execution_options.preserve_order = True
             # What the training workers hold is not there for the pools.
             context.execution_options.exclude_resources = ray.data.ExecutionResources(
-                cpu=plan.world_size * self.training.num_cpus_per_worker,
-                gpu=plan.world_size if self.device.type == "cuda" else 0,
+                cpu=plan.world_size * self.training.num_cpus_per_worker, gpu=self._gpus_of_training(plan)
             )
             dataset = plan_dataset([piece.to_table() for piece in pieces])
             splits = self.pipeline(dataset, plan).streaming_split(plan.world_size, equal=False)
@@ -103,6 +102,11 @@ class StreamedSource(BatchSource):
             splits = ray.train.collective.broadcast_from_rank_zero(splits)
         assert splits is not None
         return self._tables(splits[rank])
+
+    @staticmethod
+    def _gpus_of_training(plan: StreamPlan) -> float:
+        held: float = ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0)
+        return plan.world_size * held
 
     @staticmethod
     def _tables(split: Any) -> Iterator[pa.Table]:
@@ -146,6 +150,7 @@ class StreamedKnowledge(StreamedSource):
             self.visual,
             self.clip,
             self.layouts,
+            self._gpus_of_training(plan),
         )
 
 

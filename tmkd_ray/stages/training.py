@@ -72,6 +72,7 @@ class TrainingJob:
         label: for progress lines.
         folder: where weights and outcome go.
         build: makes the task on a worker, given its device; sent there by pickling.
+        beside_teachers: whether frozen teachers run in the cluster meanwhile, and want GPUs too.
     """
 
     key: str
@@ -79,6 +80,7 @@ class TrainingJob:
     folder: str
     training: TrainingConfig
     build: Callable[[torch.device], TrainTask]
+    beside_teachers: bool = False
 
     def outcome(self) -> Outcome | None:
         """Return the outcome of this very job, if it is finished."""
@@ -182,7 +184,10 @@ def _fit(jobs: Sequence[TrainingJob], folder: str) -> None:
             scaling_config=ray.train.ScalingConfig(
                 num_workers=num_workers,
                 use_gpu=use_gpu,
-                resources_per_worker={"CPU": training.num_cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+                resources_per_worker={
+                    "CPU": training.num_cpus_per_worker,
+                    **({"GPU": _gpu_share(jobs[0], num_workers)} if use_gpu else {}),
+                },
             ),
             # The same name and place: started again after a crash, it goes on from the last checkpoint.
             run_config=ray.train.RunConfig(
@@ -240,6 +245,12 @@ def _workers(training: TrainingConfig) -> tuple[int | tuple[int, int], bool]:
     if workers < training.num_workers:
         say(f"{workers} workers instead of {training.num_workers}: the cluster has {gpus} GPUs")
     return workers, True
+
+
+def _gpu_share(job: TrainingJob, num_workers: int | tuple[int, int]) -> float:
+    """Return the share of a GPU for each worker: half of it where teachers beside it have no other."""
+    most = num_workers if isinstance(num_workers, int) else num_workers[1]
+    return 0.5 if job.beside_teachers and num_gpus() < most + 1 else 1.0
 
 
 def _worker(loop_config: dict[str, Any]) -> None:
