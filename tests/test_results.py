@@ -62,6 +62,29 @@ def test_a_loss_that_is_not_finite_is_stored_as_null(make_results, make_method, 
     assert RunResults.load(tmp_path / "results.json") == results
 
 
+def test_results_from_before_the_calibration_was_measured_can_be_read(make_results, tmp_path):
+    path = tmp_path / "results.json"
+    make_results().save(path)
+    content = json.loads(path.read_text())
+    runs = [run for method in content["methods"] for run in method["runs"]]
+    for record in (content["teacher"], *runs):
+        for name in ("test_ece", "teacher_agreement", "teacher_kl", "per_class_accuracy"):
+            assert record.pop(name, None) is None
+    path.write_text(json.dumps(content))
+    assert RunResults.load(path) == make_results()
+
+
+def test_what_was_measured_on_the_test_images_is_kept(make_results, make_method, tmp_path):
+    measured = {"test_ece": 0.03, "per_class_accuracy": [0.5, None, 1.0]}
+    alone = make_method("alone", [0.9])
+    run = alone.runs[0].model_copy(update={**measured, "teacher_agreement": 0.8, "teacher_kl": 1.5})
+    results = make_results(methods=[alone.model_copy(update={"runs": [run]})])
+    results.save(tmp_path / "results.json")
+    loaded = RunResults.load(tmp_path / "results.json")
+    assert loaded == results
+    assert loaded.methods[0].runs[0].per_class_accuracy == [0.5, None, 1.0]
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -0.1, 1.1])
 def test_an_accuracy_is_a_fraction(value):
     with pytest.raises(ValidationError, match="validation_accuracy"):

@@ -243,13 +243,16 @@ def _distill(config: ExperimentConfig, options: argparse.Namespace) -> None:
 
 
 def _evaluate(config: ExperimentConfig, options: argparse.Namespace) -> None:
-    from tmkd_ray.stages.evaluation import format_measured, measure_all
+    from tmkd_ray.stages.evaluation import format_measured, found_networks, measure
     from tmkd_ray.stages.experiment import check_text_teacher, check_visual_teacher, open_experiment
+    from tmkd_ray.stages.session import ray_session
 
     experiment = open_experiment(config)
     check_visual_teacher(experiment)
     check_text_teacher(experiment)
-    print(format_measured(*measure_all(experiment, options.split)))
+    networks = found_networks(experiment)
+    with ray_session(config):
+        print(format_measured(measure(experiment, networks, options.split)))
 
 
 if __name__ == "__main__":

@@ -329,7 +329,7 @@ class KnowledgeConfig(Settings):
         default="float16", description="of features and embeddings; int8 has a scale for each vector"
     )
     images: Literal["raw", "lossless", "jpeg", "reference"] = Field(
-        default="raw",
+        default="lossless",
         description="how the store keeps the images; jpeg: the teachers see the compressed ones too; "
         "reference: not at all, the training reads them from the dataset",
     )

@@ -96,6 +96,10 @@ class TrainingRecord(Settings):
         validation_accuracy: of the kept weights.
         test_accuracy: of the kept weights; None when the test images were not read.
         test_top5_accuracy: the label is among the five largest logits.
+        test_ece: expected calibration error on the test images, 0..1.
+        teacher_agreement: how often the visual teacher's first class is the student's, on the test images.
+        teacher_kl: mean KL(visual teacher ‖ student) on the test images at temperature 1, nats.
+        per_class_accuracy: on the test images; None for a class without any.
         seconds: wall-clock time of the training.
         num_workers: training processes.
         device: such as "cpu" or the name of the GPU.
@@ -108,6 +112,10 @@ class TrainingRecord(Settings):
     validation_accuracy: Accuracy
     test_accuracy: Accuracy | None = None
     test_top5_accuracy: Accuracy | None = None
+    test_ece: Accuracy | None = None
+    teacher_agreement: Accuracy | None = None
+    teacher_kl: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    per_class_accuracy: list[Accuracy | None] | None = None
     seconds: Seconds
     num_workers: Annotated[int, Field(ge=1)]
     device: str
@@ -178,6 +186,8 @@ class TeacherRecord(Settings):
         source: "fitted here" or the checkpoint's file name.
         validation_accuracy: on the plain images.
         test_accuracy: on the plain images; None when the test images were not read.
+        test_ece: expected calibration error on them, 0..1.
+        per_class_accuracy: on them; None for a class without any.
         view_validation_accuracy: on each view alone, by the view's name.
         fused_validation_accuracy: `uniform` and `semantic` weights, and `oracle`: right on any view.
         history: of the fitting; empty for a checkpoint.
@@ -189,6 +199,8 @@ class TeacherRecord(Settings):
     source: Text
     validation_accuracy: Accuracy
     test_accuracy: Accuracy | None = None
+    test_ece: Accuracy | None = None
+    per_class_accuracy: list[Accuracy | None] | None = None
     view_validation_accuracy: dict[str, Accuracy] = Field(default_factory=dict)
     fused_validation_accuracy: dict[Literal["uniform", "semantic", "oracle"], Accuracy] = Field(
         default_factory=dict

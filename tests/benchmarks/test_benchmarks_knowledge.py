@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +20,18 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 def run(script: str, *arguments: str) -> list[dict[str, Any]]:
     """Run a benchmark; return the JSON objects that its last lines are."""
-    done = subprocess.run(
-        [sys.executable, str(FOLDER / script), *arguments], capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr
-    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    last = done.stdout.splitlines()[-len(results) :]
+    command = [sys.executable, str(FOLDER / script), *arguments]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=280)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
+            raise
+    assert process.returncode == 0, stderr
+    results = [json.loads(line) for line in stdout.splitlines() if line.startswith("{")]
+    last = stdout.splitlines()[-len(results) :]
     assert results == [json.loads(line) for line in last], "the JSON lines come last"
     return results
 

@@ -10,6 +10,8 @@ _ENVIRONMENT = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Else a fast stage runs ahead until half the object store is full, whatever the number of images.
+    "RAY_DATA_DOWNSTREAM_CAPACITY_OBJECT_STORE_BUDGET_UTIL_THRESHOLD": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # With the default of 2 s every back-to-back report waits that long.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",

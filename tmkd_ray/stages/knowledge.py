@@ -5,8 +5,6 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-
 from tmkd_ray import augmentation
 from tmkd_ray.config import ExperimentConfig, TeacherPoolConfig
 from tmkd_ray.datasets.decode import SetAside, list_set_aside
@@ -19,7 +17,13 @@ from tmkd_ray.knowledge.lease import WriterLease
 from tmkd_ray.knowledge.store import text_bank_key
 from tmkd_ray.stages.experiment import Experiment
 from tmkd_ray.stages.fitting import Fitted, load_teacher
-from tmkd_ray.stages.pipeline import knowledge_layouts, plan_dataset, teacher_stages, view_stage_options
+from tmkd_ray.stages.pipeline import (
+    knowledge_layouts,
+    plan_dataset,
+    teacher_stages,
+    view_stage_options,
+    write_stage,
+)
 from tmkd_ray.stages.progress import Rate, say
 from tmkd_ray.teachers import ClipTeacher, VisualTeacher
 
@@ -262,7 +266,7 @@ class StageTimes:
             actors, seconds = self.actors[stage], self.seconds[stage]
             line = (
                 f"knowledge: {STAGE_NAMES[stage]:14} {rate:8,.0f} variants/s  "
-                f"({actors} {'actor' if actors == 1 else 'actors'}, {seconds:.1f} s of work)"
+                f"(by {actors}, {seconds:.1f} s of work)"
             )
             lines.append(line + ("  ← holds the others back" if stage == slowest else ""))
         return lines
@@ -295,15 +299,10 @@ def _compute_shards(
         clip,
         layouts,
     )
-    writer = ShardWriter(store, layouts)
-
-    def write(table: pa.Table) -> pa.Table:
-        return writer(table)
-
-    dataset = dataset.map_batches(write, batch_size=1, batch_format="pyarrow", num_cpus=0.25)
     pools = experiment.config.knowledge
+    dataset = write_stage(dataset, ShardWriter(store, layouts), pools.views.max_size)
     sizes = {"views": pools.views, "feature": pools.visual, "clip_embedding": pools.text}
-    actors = {stage: pool.max_size for stage, pool in sizes.items()} | {"write": 1}
+    actors = {stage: pool.max_size for stage, pool in sizes.items()} | {"write": pools.views.max_size}
     times = StageTimes(dict.fromkeys(STAGES, 0.0), actors)
     rate = Rate("knowledge", sum(len(plan.index) for plan in plans), "images")
     variants = {split: layout.num_variants for split, layout in layouts.items()}

@@ -78,7 +78,11 @@ def teacher_stages(
 
 def plan_dataset(tables: Sequence[pa.Table]) -> ray.data.Dataset:
     """Return a dataset of plans, a block of one row for each, with the settings that shards need."""
-    _set_context()
+    context = ray.data.DataContext.get_current()
+    context.print_on_execution_start = False
+    context.target_max_block_size = None  # a shard is one row and must not be cut
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True  # so that a UserError of an actor arrives as one
     return ray.data.from_arrow(list(tables))
 
 
@@ -86,7 +90,6 @@ def view_stage(
     dataset: ray.data.Dataset, actor: type, arguments: tuple[Any, ...], pool: PoolConfig
 ) -> ray.data.Dataset:
     """Return the dataset of plans, mapped through the view pool."""
-    _set_context()
     return dataset.map_batches(actor, fn_constructor_args=arguments, **_pool(pool, 0.0))
 
 
@@ -99,7 +102,6 @@ def teachers_of_views(
     gpus_taken: float = 0.0,
 ) -> ray.data.Dataset:
     """Return the dataset of views, mapped through the teachers' pools; the last one drops the pixels."""
-    _set_context()
     teachers: list[tuple[type, VisualTeacher | ClipTeacher, TeacherPoolConfig]] = [
         (_VisualActor, visual, pools.visual)
     ]
@@ -138,14 +140,6 @@ def write_stage(
 
     compute = ray.data.TaskPoolStrategy(size=num_writers)
     return dataset.map_batches(write, batch_size=1, batch_format="pyarrow", num_cpus=0.25, compute=compute)
-
-
-def _set_context() -> None:
-    context = ray.data.DataContext.get_current()
-    context.print_on_execution_start = False
-    context.target_max_block_size = None  # a shard is one row and must not be cut
-    context.enable_progress_bars = False
-    context.raise_original_map_exception = True  # so that a UserError of an actor arrives as one
 
 
 def _pool(pool: PoolConfig, gpus: float) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from tmkd_ray.results import (
     TrainingRecord,
 )
 from tmkd_ray.stages.distillation import TrainedStudent, distill, with_images
-from tmkd_ray.stages.evaluation import Measured, measure_student, measure_teacher, split_images
+from tmkd_ray.stages.evaluation import Measured, Networks, measure, student_network, teacher_network
 from tmkd_ray.stages.experiment import Experiment
 from tmkd_ray.stages.fitting import Fitted, fit_clip, fit_teacher
 from tmkd_ray.stages.knowledge import STAGE_NAMES, KnowledgeResult, compute_knowledge
@@ -68,15 +68,15 @@ def run(experiment: Experiment, stem: str | None = None) -> RunResults:
     knowledge = timed("knowledge", lambda: compute_knowledge(experiment, teacher, clip))
     quality = _quality(experiment, knowledge)
     students = timed("students", lambda: distill(experiment))
-    images = timed("test images", lambda: split_images(experiment, "test"))
-    measured = timed(
-        "evaluation", lambda: [measure_student(experiment, student, images) for student in students]
+    networks = Networks(
+        teacher_network(experiment, teacher), tuple(student_network(experiment, each) for each in students)
     )
-    teacher_test = measure_teacher(experiment, teacher, images)
+    test = timed("evaluation", lambda: measure(experiment, networks, "test"))
+    assert test.teacher is not None
 
     config = experiment.config
     set_aside = [SetAsideImage(**entry) for entry in knowledge.manifest.set_aside]
-    set_aside += [SetAsideImage(id=entry.id, reason=entry.reason) for entry in images.set_aside]
+    set_aside += [SetAsideImage(id=entry.id, reason=entry.reason) for entry in test.set_aside]
     results = RunResults(
         name=config.name,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -86,14 +86,14 @@ def run(experiment: Experiment, stem: str | None = None) -> RunResults:
             num_train=_num_train(experiment, knowledge),
             num_labelled_for_students=_num_labelled(experiment, knowledge),
             num_validation=knowledge.manifest.rows("validation"),
-            num_test=len(images.labels),
+            num_test=test.num_images,
             image_size=config.dataset.image_size,
             set_aside=set_aside,
         ),
-        teacher=_teacher_record(experiment, teacher, teacher_test, quality),
+        teacher=_teacher_record(experiment, teacher, test.teacher, quality),
         clip=None if clip is None else _clip_record(clip, knowledge, quality),
         knowledge=_knowledge_record(experiment, knowledge),
-        methods=_method_records(experiment, students, measured),
+        methods=_method_records(experiment, students, test.others),
         semantic_weights=None if clip is None else quality.weights_per_class,
         stage_seconds=seconds,
         config=config.model_dump(mode="json"),
@@ -153,7 +153,9 @@ def _teacher_record(
             "parameters": test.parameters,
             "source": teacher.source,
             "validation_accuracy": next(iter(quality.views.values())),
-            "test_accuracy": test.accuracy,
+            "test_accuracy": test.metrics.accuracy,
+            "test_ece": test.metrics.ece,
+            "per_class_accuracy": test.metrics.per_class_accuracy,
             "view_validation_accuracy": quality.views,
             "fused_validation_accuracy": quality.fused,
             "history": [] if outcome is None else outcome.history,
@@ -206,8 +208,12 @@ def _method_records(
                 parameters=outcome.parameters,
                 best_epoch=outcome.best_epoch,
                 validation_accuracy=outcome.validation_accuracy,
-                test_accuracy=test.accuracy,
-                test_top5_accuracy=test.top5_accuracy,
+                test_accuracy=test.metrics.accuracy,
+                test_top5_accuracy=test.metrics.top5_accuracy,
+                test_ece=test.metrics.ece,
+                teacher_agreement=test.metrics.agreement,
+                teacher_kl=test.metrics.teacher_kl,
+                per_class_accuracy=list(test.metrics.per_class_accuracy),
                 seconds=outcome.seconds,
                 num_workers=outcome.num_workers,
                 device=outcome.device,

@@ -172,6 +172,8 @@ def _fit(jobs: Sequence[TrainingJob], folder: str) -> None:
     num_workers, use_gpu = _workers(training)
     checkpoints = storage.join(folder, _CHECKPOINTS)
     _drop_broken_snapshot(checkpoints)
+    # Ray by itself knows fewer URIs, and waits for them as long as it takes.
+    filesystem, root = storage.open_filesystem(folder)
     with progress_channel() as channel:
         trainer = ray.train.torch.TorchTrainer(
             _worker,
@@ -192,7 +194,8 @@ def _fit(jobs: Sequence[TrainingJob], folder: str) -> None:
             # The same name and place: started again after a crash, it goes on from the last checkpoint.
             run_config=ray.train.RunConfig(
                 name=_CHECKPOINTS,
-                storage_path=folder,
+                storage_path=root,
+                storage_filesystem=filesystem if "://" in folder else None,
                 failure_config=ray.train.FailureConfig(
                     max_failures=training.max_failures, controller_failure_limit=3
                 ),
