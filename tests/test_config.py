@@ -123,7 +123,7 @@ def test_a_key_like_no_other_lists_the_valid_ones():
         ({"training": {"nesterov": True, "momentum": 0}}, "training.nesterov: needs a momentum above zero"),
         (
             {"training": {"optimizer": "adam"}},
-            "training.optimizer: expected 'sgd' or 'adamw' (given: \"adam\")",
+            "training.optimizer: expected 'sgd', 'adamw' or 'dot' (given: \"adam\")",
         ),
         ({"training": {"milestones": [True]}}, "training.milestones: expected a number (given: true)"),
         (

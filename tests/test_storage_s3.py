@@ -160,7 +160,7 @@ def test_an_upload_that_fails_half_way_leaves_the_old_content(
 
 @pytest.mark.parametrize("at", ["POST", "PUT"])
 def test_an_interrupt_does_not_publish_a_part(proxy: FaultyProxy, folder: str, at: str) -> None:
-    """Ctrl-C while the upload is begun, or while it runs: the file is the old or the new, here the new."""
+    """Ctrl-C while the upload is begun, or while it runs: the file is the old or, sooner or later, the new."""
     path = f"{folder}/file"
     storage.write_bytes(path, b"old")
     interrupted = threading.Event()
@@ -176,7 +176,7 @@ def test_an_interrupt_does_not_publish_a_part(proxy: FaultyProxy, folder: str, a
     with pytest.raises(KeyboardInterrupt):
         storage.write_bytes(path, LARGE)
     assert interrupted.is_set()
-    assert storage.read_bytes(path) == LARGE
+    assert storage.read_bytes(path) in (b"old", LARGE)
 
 
 def failing(times: int, status: int, start: str) -> Callable[[str], int | None]:
