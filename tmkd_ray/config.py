@@ -436,6 +436,9 @@ class ExperimentConfig(Settings):
             if self.teacher.text is None and where in trained and distiller.needs_text_teacher:
                 text = f"null, but {'.'.join(where)} needs a text teacher; have one, or choose another method"
                 problems.append((("teacher", "text"), text))
+        if self.knowledge.images == "jpeg" and self.knowledge.mode != "cached":
+            text = f"jpeg is for stores; in mode {self.knowledge.mode} the students see images as they are"
+            problems.append((("knowledge", "images"), text))
         problems += _mixing_problems(self, trained)
         problems += _optimizer_problems(self, trained)
         if self.teacher.text is not None and self.teacher.text.model is None:

@@ -1,5 +1,8 @@
 """One local Ray for all tests of the stages."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 from tiny_road import TINY
 
@@ -26,3 +29,9 @@ def tiny_run(ray_cluster, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs")
     assert main(["run", *TINY, f"output={output}"]) == 0
     return output
+
+
+@pytest.fixture(scope="module")
+def tiny_copy(tiny_run, tmp_path_factory):
+    """The tiny run in a folder of the module's own, for tests that add to it; nothing is fitted again."""
+    return Path(shutil.copytree(tiny_run, tmp_path_factory.mktemp("copy") / "runs"))

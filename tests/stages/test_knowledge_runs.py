@@ -26,16 +26,16 @@ def histories(options):
 
 
 @pytest.fixture(scope="module")
-def modes(tiny_run):
+def modes(tiny_copy):
     """One epoch with the same pixels in every mode, by two workers: histories by mode."""
     found = {}
     for mode in ("cached", "streaming", "online"):
         options = [
             *TINY,
             *ONE_STUDENT,
-            f"output={tiny_run}",
+            f"output={tiny_copy}",
             f"knowledge.mode={mode}",
-            f"knowledge.path={tiny_run / ('modes-' + mode)}",
+            f"knowledge.path={tiny_copy / ('modes-' + mode)}",
             "knowledge.num_variants=1",
             "knowledge.dtype=float32",
             "training.epochs=1",
@@ -54,28 +54,28 @@ def test_the_modes_learn_the_same(modes, mode):
     assert other.train_accuracy == pytest.approx(cached.train_accuracy, abs=0.011)  # two images of 216
 
 
-def test_beside_the_training_only_the_validation_images_are_stored(modes, tiny_run):
-    manifest = KnowledgeStore(str(tiny_run / "modes-streaming")).manifest()
+def test_beside_the_training_only_the_validation_images_are_stored(modes, tiny_copy):
+    manifest = KnowledgeStore(str(tiny_copy / "modes-streaming")).manifest()
     assert {shard.split for shard in manifest.shards} == {"validation"}
     assert manifest.layouts["train"].num_variants == 1
 
 
-def test_a_stream_serves_several_epochs_and_few_labels(tiny_run, capsys):
-    options = [*TINY, f"output={tiny_run}", "methods={kd: kd, alone: alone}", "seeds=null"]
+def test_a_stream_serves_several_epochs_and_few_labels(tiny_copy, capsys):
+    options = [*TINY, f"output={tiny_copy}", "methods={kd: kd, alone: alone}", "seeds=null"]
     options += ["knowledge.mode=streaming", "training.epochs=3", "training.batch_size=10"]
     assert main(["run", *options]) == 0
     kd, alone = histories(options)
     assert [record.epoch for record in kd] == [record.epoch for record in alone] == [1, 2, 3]
     assert "kd" in kd[0].terms
-    results = json.loads((tiny_run / "tiny" / "results.json").read_text())
+    results = json.loads((tiny_copy / "tiny" / "results.json").read_text())
     assert results["dataset"]["num_train"] + results["dataset"]["num_validation"] == 240
     assert results["dataset"]["num_labelled_for_students"] == 50
 
 
 @pytest.mark.parametrize("images", ["lossless", "jpeg", "reference"])
-def test_stores_of_every_image_format_train_a_student(tiny_run, tmp_path, images, capsys):
+def test_stores_of_every_image_format_train_a_student(tiny_copy, tmp_path, images, capsys):
     dtype = "int8" if images == "lossless" else "float16"
-    options = [*TINY, *ONE_STUDENT, f"output={tiny_run}", f"knowledge.path={tmp_path / 'store'}"]
+    options = [*TINY, *ONE_STUDENT, f"output={tiny_copy}", f"knowledge.path={tmp_path / 'store'}"]
     options += [f"knowledge.images={images}", f"knowledge.dtype={dtype}", "training.epochs=1", "name=tiny"]
     assert main(["knowledge", *options]) == 0
     said = capsys.readouterr().err
@@ -89,8 +89,8 @@ def test_stores_of_every_image_format_train_a_student(tiny_run, tmp_path, images
     assert capsys.readouterr().out.endswith("sound\n")
 
 
-def test_verify_names_what_is_wrong(tiny_run, tmp_path, capsys):
-    options = [*TINY, f"output={tiny_run}", f"knowledge.path={tmp_path / 'store'}"]
+def test_verify_names_what_is_wrong(tiny_copy, tmp_path, capsys):
+    options = [*TINY, f"output={tiny_copy}", f"knowledge.path={tmp_path / 'store'}"]
     assert main(["knowledge", *options]) == 0
     shard = next((tmp_path / "store" / "train").glob("00001-*.parquet"))
     content = bytearray(shard.read_bytes())
@@ -101,17 +101,17 @@ def test_verify_names_what_is_wrong(tiny_run, tmp_path, capsys):
     assert shard.name in capsys.readouterr().out
 
 
-def test_show_says_what_is_in_a_store(tiny_run, capsys):
-    assert main(["knowledge", "show", *TINY, f"output={tiny_run}"]) == 0
+def test_show_says_what_is_in_a_store(tiny_copy, capsys):
+    assert main(["knowledge", "show", *TINY, f"output={tiny_copy}"]) == 0
     said = capsys.readouterr().out
     for expected in ("digits", "original", "edge", "high_frequency", "resnet8", "semantic", "zero"):
         assert expected in said
 
 
 @pytest.mark.parametrize("loader", ["mapped", "streaming"])
-def test_every_loader_gives_the_same_student(tiny_run, tmp_path, loader):
+def test_every_loader_gives_the_same_student(tiny_copy, tmp_path, loader):
     """Bit for bit: the weights of the tiny run's own students, which read the store from memory."""
-    options = [*TINY, *ONE_STUDENT, f"output={tiny_run}", "training.epochs=2"]
+    options = [*TINY, *ONE_STUDENT, f"output={tiny_copy}", "training.epochs=2"]
     weights = []
     for extra in ("resident", loader):
         assert (
@@ -119,9 +119,9 @@ def test_every_loader_gives_the_same_student(tiny_run, tmp_path, loader):
         )
         (student,) = found_students(open_experiment(read_config(None, options)))
         weights.append(load_file(student.path))
-        for file in (tiny_run / "tiny" / "students").glob(f"tmkd-seed0-{student.outcome.key}/outcome.json"):
+        for file in (tiny_copy / "tiny" / "students").glob(f"tmkd-seed0-{student.outcome.key}/outcome.json"):
             file.unlink()  # else it is not trained again
-        for folder in (tiny_run / "tiny" / "students").glob("*/checkpoints"):
+        for folder in (tiny_copy / "tiny" / "students").glob("*/checkpoints"):
             shutil.rmtree(folder)
     assert weights[0].keys() == weights[1].keys()
     for name, value in weights[0].items():

@@ -81,7 +81,10 @@ def _make(store: KnowledgeStore, split: str, folder: Path) -> None:
 
     def allocate(column: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
         path = unfinished / f"{columns.get(column, column)}.npy"
-        return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+        with open(path, "r+b") as file:  # a full disk is told here; at a write into the mapping it would kill
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        return array
 
     arrays = store.read(split, allocate=allocate)
     np.save(unfinished / "ids.npy", arrays.ids)

@@ -294,6 +294,8 @@ class KnowledgeStore:
             for name in storage.sizes(self.at(split))
             if _OURS.fullmatch(name) and (split, name) not in kept
         ]
+        # What a take-over that was killed left beside the writer's claim.
+        orphans += [self.at(name) for name in storage.sizes(self.path) if name.startswith("writer.json.")]
         for _ in in_threads(storage.delete, orphans):
             pass
 

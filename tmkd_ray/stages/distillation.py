@@ -1,17 +1,20 @@
 """Train students from the knowledge store: methods × seeds on one group of workers."""
 
+import contextlib
 import functools
+import math
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from tmkd_ray import storage
 from tmkd_ray.config import TrainingConfig
-from tmkd_ray.datasets.decode import load_images
+from tmkd_ray.datasets.decode import list_set_aside, load_images
 from tmkd_ray.errors import UserError
-from tmkd_ray.knowledge import KnowledgeArrays, KnowledgeStore
+from tmkd_ray.knowledge import KnowledgeArrays, KnowledgeLayout, KnowledgeStore
 from tmkd_ray.knowledge.node_copy import map_store
 from tmkd_ray.knowledge.store import text_bank_key
 from tmkd_ray.models import build_model
@@ -24,7 +27,7 @@ from tmkd_ray.stages.training import Outcome, TrainingJob, run_jobs
 from tmkd_ray.teachers import ClipTeacher, FrozenTeachers, VisualTeacher
 from tmkd_ray.training.loader import BatchSource, ResidentImages
 from tmkd_ray.training.loop import TrainTask
-from tmkd_ray.training.mapped import MappedKnowledge, StoredRows
+from tmkd_ray.training.mapped import MappedImages, MappedKnowledge, StoredRows
 from tmkd_ray.training.online import OnlineKnowledge
 from tmkd_ray.training.student import StudentTask, labelled_positions, resident_source
 
@@ -92,7 +95,7 @@ def student_jobs(experiment: Experiment) -> list[tuple[str, int, TrainingJob]]:
                 "it was computed with teacher.text null; give it a text teacher and run `tmkd knowledge` again"
             )
     bank = None
-    if any(distiller.teacher != "none" for distiller in methods.values()):
+    if any(distiller.needs_text_teacher for distiller in methods.values()):
         bank = _text_bank(experiment)
     seeds = config.seeds or (config.training.seed,)
     jobs = []
@@ -151,6 +154,9 @@ def _build_student(
     teacher_maps = None
     if distiller.needs_online:
         teacher_maps = _teachers(experiment)[0].model.map_shapes(config.dataset.image_size)
+    constants = None
+    if distiller.teacher != "none":
+        constants = store.constants(bank if distiller.needs_text_teacher else None)
     torch.manual_seed(training.seed)  # loading teachers drew numbers; students start alike in every mode
     return StudentTask(
         build_model(config.student.model, experiment.task),
@@ -158,7 +164,7 @@ def _build_student(
         store.manifest().layouts["train"],
         validation.images,
         validation.labels,
-        None if distiller.teacher == "none" else store.constants(bank),
+        constants,
         distiller,
         config.taught_views(distiller),
         training,
@@ -181,16 +187,18 @@ def _source(
     if mode == "cached":
         return _stored_source(experiment, store, training, device, taught)
     index = experiment.train
+    # The few labels are drawn before an image is read, so that every method is given the same.
+    positions = labelled_positions(index.ids, index.labels, training)
+    index = index if positions is None else index.take(positions)
     if taught and mode == "streaming":
-        positions = labelled_positions(index.ids, index.labels, training)
-        chosen = index if positions is None else index.take(positions)
-        return StreamedKnowledge(experiment, chosen, *_teachers(experiment), training, device)
+        return StreamedKnowledge(experiment, index, *_teachers(experiment), training, device)
     loaded = load_images(experiment.dataset, "train", index)
-    positions = labelled_positions(loaded.ids, loaded.labels, training)
-    rows = slice(None) if positions is None else positions
-    images, labels, ids = loaded.images[rows], loaded.labels[rows], loaded.ids[rows]
+    images, labels, ids = loaded.images, loaded.labels, loaded.ids
+    source: ResidentImages
     if not taught:
-        return ResidentImages(images, labels, ids, device, config.augmentation, training.seed)
+        source = ResidentImages(images, labels, ids, device, config.augmentation, training.seed)
+        source.notes = list_set_aside("train", loaded.set_aside)
+        return source
     visual, clip = _teachers(experiment)
     pools = config.knowledge
     teachers = FrozenTeachers(
@@ -203,9 +211,11 @@ def _source(
         pools.text.precision,
         with_maps=distiller.needs_online,
     )
-    return OnlineKnowledge(
+    source = OnlineKnowledge(
         images, labels, ids, experiment.views(), teachers, device, config.augmentation, pools.seed
     )
+    source.notes = list_set_aside("train", loaded.set_aside)
+    return source
 
 
 def _stored_source(
@@ -216,10 +226,9 @@ def _stored_source(
     loader = config.knowledge.loader
     layout = store.manifest().layouts["train"]
     if loader == "auto":
-        size = store.manifest().rows("train") * layout.bytes_per_image()
-        fits = size < _memory_for_data(device, training.num_workers)
+        fits = _fits_memory(layout, store.manifest().rows("train"), device, training.num_workers)
         loader = "resident" if fits or layout.image_format == "reference" else "mapped"
-    if loader == "resident" or not taught:  # images alone are a small part of what is too large
+    if loader == "resident":
         arrays = with_images(experiment, store.read("train", with_teacher=taught))
         return resident_source(arrays, training, config.augmentation, device, taught)
     if layout.image_format == "reference":
@@ -229,16 +238,38 @@ def _stored_source(
         )
     arrays = map_store(store, "train", config.knowledge.node_copies)
     rows = StoredRows(arrays, training.seed, labelled_positions(arrays.ids, arrays.labels, training))
+    if not taught:
+        return MappedImages(rows, device, config.augmentation, training.seed)
     if loader == "mapped":
         return MappedKnowledge(rows, device)
     return StreamedStore(store, rows, config.knowledge.views, config.knowledge.node_copies, training, device)
 
 
-def _memory_for_data(device: torch.device, num_workers: int) -> float:
-    """Return the bytes that one worker may fill: half of what is free, shared with workers of its machine."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / 2
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / 2 / num_workers
+def _fits_memory(layout: KnowledgeLayout, rows: int, device: torch.device, num_workers: int) -> bool:
+    """Return whether each worker can hold a split: once on a GPU, for a moment twice in the machine's memory.
+
+    A part is left to the rest of the training, on GPUs the larger one.
+    """
+    arrays = sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.arrays().values())
+    encoded = 3 * layout.image_size**2 if layout.has_encoded_images else 0
+    size = rows * (arrays + encoded)
+    if device.type == "cuda" and size > torch.cuda.mem_get_info(device)[0] / 2:
+        return False
+    return 2 * size * num_workers < 0.8 * available_memory()
+
+
+def available_memory() -> int:
+    """Return the bytes of memory that this machine, or the container it is, can still give."""
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    with contextlib.suppress(OSError):  # no /proc
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) * 1024
+    with contextlib.suppress(OSError, ValueError):  # no cgroup, or no limit (`max`)
+        cgroup = Path("/sys/fs/cgroup")
+        limit = int((cgroup / "memory.max").read_text()) - int((cgroup / "memory.current").read_text())
+        available = min(available, limit)
+    return available
 
 
 def with_images(experiment: Experiment, arrays: KnowledgeArrays) -> KnowledgeArrays:

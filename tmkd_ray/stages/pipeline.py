@@ -63,14 +63,14 @@ def teacher_stages(
     visual: VisualTeacher,
     clip: ClipTeacher | None,
     layouts: dict[str, KnowledgeLayout],
-    gpus_taken: float = 0.0,
+    gpus_taken: Sequence[float] = (),
 ) -> ray.data.Dataset:
     """Return the dataset of plans, mapped through the view pool and the teachers' pools.
 
     Args:
         dataset: one block of one row for each shard or piece.
         view_actor: class of the view pool's actors, built from `view_arguments`.
-        gpus_taken: by the training beside it.
+        gpus_taken: share of a GPU that each worker of the training beside it holds.
     """
     dataset = view_stage(dataset, view_actor, view_arguments, config.knowledge.views)
     return teachers_of_views(dataset, config.knowledge, visual, clip, layouts, gpus_taken)
@@ -99,7 +99,7 @@ def teachers_of_views(
     visual: VisualTeacher,
     clip: ClipTeacher | None,
     layouts: dict[str, KnowledgeLayout],
-    gpus_taken: float = 0.0,
+    gpus_taken: Sequence[float] = (),
 ) -> ray.data.Dataset:
     """Return the dataset of views, mapped through the teachers' pools; the last one drops the pixels."""
     teachers: list[tuple[type, VisualTeacher | ClipTeacher, TeacherPoolConfig]] = [
@@ -154,15 +154,21 @@ def _pool(pool: PoolConfig, gpus: float) -> dict[str, Any]:
     }
 
 
-def gpu_share(pools: list[TeacherPoolConfig], taken: float = 0.0) -> float:
+def gpu_share(pools: list[TeacherPoolConfig], taken: Sequence[float] = ()) -> float:
     """Return the share of a GPU for each actor that does not say: all pools must fit the cluster at once.
 
     Args:
-        taken: GPUs, or parts of them, that others hold.
+        taken: share of a GPU that each training worker beside them holds; no two of them on one GPU.
     """
-    available = num_gpus() - taken - sum(pool.min_size * (pool.num_gpus or 0.0) for pool in pools)
+    gpus = num_gpus()
     asking = sum(pool.min_size for pool in pools if pool.num_gpus is None)
-    if available <= 0 or asking == 0:
+    if gpus <= 0 or asking == 0:
+        return 0.0
+    if taken and max(taken) < 1.0:  # what a worker leaves of each GPU
+        per_gpu = math.ceil(asking / math.floor(gpus))
+        return math.floor(100 * (1.0 - max(taken)) / per_gpu + 1e-9) / 100
+    available = gpus - sum(taken) - sum(pool.min_size * (pool.num_gpus or 0.0) for pool in pools)
+    if available <= 0:
         return 0.0
     if available < 1:
         return math.floor(100 * available / asking) / 100

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 def say(line: str) -> None:
@@ -39,7 +40,9 @@ class _Channel:
 @contextlib.contextmanager
 def progress_channel() -> Iterator[Any]:
     """Yield an actor handle; what workers `put` there is printed here until the block ends."""
-    channel = _Channel.remote()  # type: ignore[attr-defined]
+    # On the node of the one who waits: were it lost with another node, every restarted worker would fail.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    channel = _Channel.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     done = threading.Event()
 
     def show() -> None:

@@ -126,7 +126,7 @@ def _label(method: str, distiller: DistillerConfig) -> str:
 def _quality(experiment: Experiment, knowledge: KnowledgeResult) -> TeacherQuality:
     distiller = _fused_distiller(experiment)
     quality = measure_quality(
-        knowledge.store.read("validation"),
+        knowledge.store.read("validation", with_images=False),
         knowledge.constants(),
         distiller.weighting,
         distiller.fusion_temperature,
@@ -189,7 +189,7 @@ def _knowledge_record(experiment: Experiment, knowledge: KnowledgeResult) -> Kno
         bytes_per_image_and_variant=manifest.total_bytes() / pieces,
         total_bytes=manifest.total_bytes(),
         seconds=knowledge.seconds,
-        images_per_second=pieces / knowledge.seconds if knowledge.computed else 0.0,
+        images_per_second=0.0 if times is None else times.variants / knowledge.seconds,
         stage_seconds={} if times is None else {STAGE_NAMES[name]: s for name, s in times.seconds.items() if s},
         reused=knowledge.computed == 0,
         fingerprint=manifest.fingerprint,

@@ -37,7 +37,8 @@ def _logical_cpus(config: ExperimentConfig) -> int:
     """Return how many CPUs a local Ray counts: what is asked for must fit, on few cores too."""
     # Ray Data's own tasks need a CPU beside the actors.
     cpus = max(4, 2 * (os.cpu_count() or 1))
-    if config.knowledge.mode == "streaming":
+    streams = config.knowledge.mode == "cached" and config.knowledge.loader == "streaming"
+    if streams or config.knowledge.mode == "streaming":
         workers = config.training.num_workers * config.training.num_cpus_per_worker
         pools = (config.knowledge.views, config.knowledge.visual, config.knowledge.text)
         cpus = max(cpus, math.ceil(1 + workers + sum(pool.max_size * pool.num_cpus for pool in pools)))

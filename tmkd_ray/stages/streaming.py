@@ -59,6 +59,7 @@ class StreamedSource(BatchSource):
         self.training = training
         self.device = device
         self._arriving: Iterator[pa.Table] | None = None
+        self._said: set[str] = set()
 
     @abstractmethod
     def pipeline(self, dataset: ray.data.Dataset, plan: StreamPlan) -> ray.data.Dataset:
@@ -76,9 +77,15 @@ class StreamedSource(BatchSource):
                 self._arriving = self._start(plan, epoch, step, rank)
                 table = next(self._arriving)
             piece = Piece.from_table(table)
-            assert (piece.epoch, piece.first_step) == (epoch, step), (piece, epoch, step)
-            yield from piece_batches(table, self.layout, self.device, self.say)
-            step += piece.num_steps
+            assert (piece.epoch, piece.rank) == (epoch, rank), (piece, epoch, rank)
+            assert piece.first_step <= step < piece.first_step + piece.num_steps, (piece, step)
+            yield from piece_batches(table, self.layout, self.device, self._say_once, step)
+            step = piece.first_step + piece.num_steps
+
+    def _say_once(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            self.say(line)
 
     def _start(self, plan: StreamPlan, epoch: int, first_step: int, rank: int) -> Iterator[pa.Table]:
         """Start a pipeline from a step on; rank 0 does it for all."""
@@ -94,7 +101,8 @@ class StreamedSource(BatchSource):
             context.execution_options.preserve_order = True
             # What the training workers hold is not there for the pools.
             context.execution_options.exclude_resources = ray.data.ExecutionResources(
-                cpu=plan.world_size * self.training.num_cpus_per_worker, gpu=self._gpus_of_training(plan)
+                cpu=plan.world_size * self.training.num_cpus_per_worker,
+                gpu=plan.world_size * self._gpu_of_worker(),
             )
             dataset = plan_dataset([piece.to_table() for piece in pieces])
             splits = self.pipeline(dataset, plan).streaming_split(plan.world_size, equal=False)
@@ -104,9 +112,9 @@ class StreamedSource(BatchSource):
         return self._tables(splits[rank])
 
     @staticmethod
-    def _gpus_of_training(plan: StreamPlan) -> float:
+    def _gpu_of_worker() -> float:
         held: float = ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0)
-        return plan.world_size * held
+        return held
 
     @staticmethod
     def _tables(split: Any) -> Iterator[pa.Table]:
@@ -150,7 +158,7 @@ class StreamedKnowledge(StreamedSource):
             self.visual,
             self.clip,
             self.layouts,
-            self._gpus_of_training(plan),
+            [self._gpu_of_worker()] * plan.world_size,
         )
 
 

@@ -251,9 +251,12 @@ def _workers(training: TrainingConfig) -> tuple[int | tuple[int, int], bool]:
 
 
 def _gpu_share(job: TrainingJob, num_workers: int | tuple[int, int]) -> float:
-    """Return the share of a GPU for each worker: half of it where teachers beside it have no other."""
+    """Return the share of a GPU for each worker: a part of it where teachers beside it have no other.
+
+    More than half, so that no two workers come to lie on one GPU.
+    """
     most = num_workers if isinstance(num_workers, int) else num_workers[1]
-    return 0.5 if job.beside_teachers and num_gpus() < most + 1 else 1.0
+    return 0.6 if job.beside_teachers and num_gpus() < most + 1 else 1.0
 
 
 def _worker(loop_config: dict[str, Any]) -> None:

@@ -76,10 +76,12 @@ class BatchSource(ABC):
         ids: unicode [N], the sample ids by position in the training set.
         class_labels: int64 [N].
         say: shows a line of progress to the user.
+        notes: lines for the user, said when the training starts.
     """
 
     ids: np.ndarray
     class_labels: np.ndarray
+    notes: tuple[str, ...] = ()
     say: Callable[[str], None] = staticmethod(lambda line: None)
 
     def __len__(self) -> int:

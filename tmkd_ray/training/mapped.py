@@ -5,7 +5,13 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from tmkd_ray.augmentation import augment, sample_keys, variant_offsets
+from tmkd_ray.augmentation import (
+    AugmentationConfig,
+    augment,
+    draw_parameters,
+    sample_keys,
+    variant_offsets,
+)
 from tmkd_ray.knowledge.quantization import dequantize
 from tmkd_ray.knowledge.store import KnowledgeArrays
 from tmkd_ray.training.loader import Batch, BatchSource, epoch_order, worker_batches
@@ -50,6 +56,43 @@ class StoredRows:
     def _variants(self, rows_B: np.ndarray, epoch: int) -> np.ndarray:
         variants: np.ndarray = (epoch + self.offsets[rows_B]) % self.arrays.layout.num_variants
         return variants
+
+
+class MappedImages(BatchSource):
+    """Images alone, newly augmented every epoch; no teacher takes part.
+
+    Args:
+        seed: of the augmentation.
+    """
+
+    def __init__(
+        self, rows: StoredRows, device: torch.device, augmentation: AugmentationConfig, seed: int
+    ) -> None:
+        self.rows = rows
+        self.device = device
+        self.augmentation = augmentation
+        self.ids = rows.ids
+        self.class_labels = rows.labels
+        self.keys = sample_keys(rows.ids, seed)
+
+    def batches(
+        self, epoch: int, batch_size: int, seed: int, rank: int, world_size: int, first_step: int = 0
+    ) -> Iterator[Batch]:
+        images = self.rows.arrays.images
+        assert images is not None
+        drawn = draw_parameters(self.augmentation, self.keys, np.array([epoch]), images.shape[1])[:, 0]
+        order_N = epoch_order(len(self), seed, epoch)
+
+        def read() -> Iterator[tuple[torch.Tensor, ...]]:
+            for chosen_B in worker_batches(order_N, batch_size, rank, world_size, first_step):
+                rows_B = chosen_B.numpy()
+                stored = torch.from_numpy(images[self.rows.positions[rows_B]])
+                labels = torch.from_numpy(self.rows.labels[rows_B])
+                yield augment(stored, torch.from_numpy(drawn[rows_B])), labels, chosen_B
+
+        for values in prefetched(read()):
+            crops, labels, rows = (value.to(self.device, non_blocking=True) for value in values)
+            yield Batch(crops.permute(0, 3, 1, 2), labels, rows, None)
 
 
 class MappedKnowledge(BatchSource):

@@ -69,11 +69,14 @@ class StreamPlan:
         return len(self.index) // (self.local_size * self.world_size)
 
     def pieces(self, epoch: int, first_step: int = 0) -> list[Piece]:
-        """Return the pieces of an epoch, from a step on, in the order in which they are consumed."""
+        """Return the pieces of an epoch, from the one of a step on, in the order in which they are consumed.
+
+        Where an epoch is entered does not change how it is cut.
+        """
         length = max(1, _PIECE_BYTES // (self.local_size * self.bytes_per_image))
         return [
             Piece(epoch, start, min(length, self.num_steps - start), rank)
-            for start in range(first_step, self.num_steps, length)
+            for start in range(first_step // length * length, self.num_steps, length)
             for rank in range(self.world_size)
         ]
 
@@ -135,9 +138,13 @@ class StoredPieceStage:
 
 
 def piece_batches(
-    table: pa.Table, layout: KnowledgeLayout, device: torch.device, say: Callable[[str], None]
+    table: pa.Table,
+    layout: KnowledgeLayout,
+    device: torch.device,
+    say: Callable[[str], None],
+    first_step: int = 0,
 ) -> Iterator[Batch]:
-    """Yield a piece's batches, step after step.
+    """Yield a piece's batches, step after step, from the epoch's step `first_step` on.
 
     Another image of the piece takes the place of one that cannot be read: batches stay of one size.
 
@@ -160,7 +167,7 @@ def piece_batches(
     def send(values: np.ndarray, chosen: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values[chosen]).to(device)
 
-    for start in range(0, len(rows_B), local):
+    for start in range(max(0, first_step - piece.first_step) * local, len(rows_B), local):
         chosen = taken[start : start + local]
         yield Batch(
             send(crops_BHWC, chosen).permute(0, 3, 1, 2),

@@ -120,6 +120,7 @@ class StudentTask(TrainTask):
         self.training = training
         self.source = source
         self.num_samples = len(source)
+        self.notes = source.notes
         self.validation_images = torch.from_numpy(validation_images.copy())
         self.validation_labels = torch.from_numpy(validation_labels.copy())
 
