@@ -300,9 +300,10 @@ def _compute_shards(
         layouts,
     )
     pools = experiment.config.knowledge
-    dataset = write_stage(dataset, ShardWriter(store, layouts), pools.views.max_size)
+    writers = min(pools.views.max_size, len(plans))
+    dataset = write_stage(dataset, ShardWriter(store, layouts), writers)
     sizes = {"views": pools.views, "feature": pools.visual, "clip_embedding": pools.text}
-    actors = {stage: pool.max_size for stage, pool in sizes.items()} | {"write": pools.views.max_size}
+    actors = {stage: pool.max_size for stage, pool in sizes.items()} | {"write": writers}
     times = StageTimes(dict.fromkeys(STAGES, 0.0), actors)
     rate = Rate("knowledge", sum(len(plan.index) for plan in plans), "images")
     variants = {split: layout.num_variants for split, layout in layouts.items()}
