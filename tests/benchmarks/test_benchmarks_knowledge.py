@@ -1,10 +1,6 @@
 """Each benchmark of the knowledge's road runs, at the smallest sizes, and says what it measured."""
 
 import importlib.util
-import json
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,28 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from benchmark_runs import FOLDER, run
 
 from tmkd_ray.datasets.decode import load_images
-
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
-
-def run(script: str, *arguments: str) -> list[dict[str, Any]]:
-    """Run a benchmark; return the JSON objects that its last lines are."""
-    command = [sys.executable, str(FOLDER / script), *arguments]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        try:
-            stdout, stderr = process.communicate(timeout=280)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
-            raise
-    assert process.returncode == 0, stderr
-    results = [json.loads(line) for line in stdout.splitlines() if line.startswith("{")]
-    last = stdout.splitlines()[-len(results) :]
-    assert results == [json.loads(line) for line in last], "the JSON lines come last"
-    return results
 
 
 def load(name: str) -> ModuleType:

@@ -26,8 +26,8 @@ from tmkd_ray.models import build_model
 from tmkd_ray.objective import DistillerConfig
 from tmkd_ray.teachers import ClipTeacher, FrozenTeachers, VisualTeacher
 from tmkd_ray.training import streamed
-from tmkd_ray.training.loader import Batch, BatchSource, ResidentKnowledge
-from tmkd_ray.training.mapped import MappedKnowledge, StoredRows
+from tmkd_ray.training.loader import Batch, BatchSource, ResidentImages, ResidentKnowledge
+from tmkd_ray.training.mapped import MappedImages, MappedKnowledge, StoredRows
 from tmkd_ray.training.online import OnlineKnowledge
 from tmkd_ray.training.streamed import Piece, StoredPieceStage, StreamedViewStage, StreamPlan, piece_batches
 from tmkd_ray.training.student import StudentTask
@@ -356,3 +356,24 @@ def test_a_copy_of_a_damaged_store_is_not_made(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(UserError, match=shard.name):
             map_store(store, "train", str(tmp_path / "copies"))
+
+
+def test_mapped_images_alone_are_the_resident_ones(tmp_path: Path) -> None:
+    bed = Bed(tmp_path)
+    bed.cached()
+    store = KnowledgeStore(str(tmp_path / "store"))
+    arrays = store.read("train")
+    assert arrays.images is not None
+    some = np.arange(3, 40, 2)
+    resident = ResidentImages(arrays.images[some], arrays.labels[some], arrays.ids[some], CPU, CIFAR, SEED)
+    rows = StoredRows(map_store(store, "train", str(tmp_path / "copies")), SEED, some)
+    mapped = MappedImages(rows, CPU, CIFAR, SEED)
+    assert mapped.class_labels.tolist() == arrays.labels[some].tolist()
+    for epoch in (0, 3):
+        wanted = list(resident.batches(epoch, BATCH, SEED, 1, 2, first_step=1))
+        found = list(mapped.batches(epoch, BATCH, SEED, 1, 2, first_step=1))
+        assert len(found) == len(wanted) == 1
+        for left, right in zip(found, wanted, strict=True):
+            assert left.knowledge is None
+            for field in ("images", "labels", "indices"):
+                assert torch.equal(getattr(left, field), getattr(right, field)), field

@@ -41,13 +41,12 @@ def ablation_config(config: ExperimentConfig, strategies: Sequence[str] | None =
     methods: dict[str, DistillerConfig] = {}
     named = [full.strategy.name] if strategies is None else list(strategies)
     for name in named:
-        strategy = full.strategy
-        if name != full.strategy.name:
-            strategy = resolve_named(STRATEGIES.get(name).Config(name=name), STRATEGIES)
-        whole = full.model_copy(update={"strategy": strategy})
+        strategy = full.strategy if name == full.strategy.name else resolve_named(name, STRATEGIES)
         prefix = f"{name}-" if len(named) > 1 else ""
         for part, changes in _parts(full, views).items():
-            methods[prefix + part] = DistillerConfig.model_validate({**dict(whole), **changes})
+            methods[prefix + part] = DistillerConfig.model_validate(
+                {**dict(full), "strategy": strategy, **changes}
+            )
     methods["alone"] = DistillerConfig.model_validate("alone")
     seeds = config.seeds or DEFAULT_SEEDS
     return resolve({**dict(config), "methods": methods, "seeds": seeds}, "the ablation of distiller")

@@ -25,7 +25,7 @@ from tmkd_ray.settings import ImageStatistics
 from tmkd_ray.stages.distillation import TrainedStudent, found_students
 from tmkd_ray.stages.experiment import Experiment
 from tmkd_ray.stages.fitting import Fitted, found_clip, found_teacher, load_teacher
-from tmkd_ray.stages.pipeline import plan_dataset
+from tmkd_ray.stages.pipeline import actors_errors, plan_dataset
 from tmkd_ray.stages.progress import Rate, say
 from tmkd_ray.stages.session import num_gpus
 from tmkd_ray.teachers import ClipTeacher
@@ -261,14 +261,11 @@ def measure(
     )
     progress = Rate(f"evaluation, {split}", len(index), "images")
     results: dict[int, bytes] = {}
-    try:
+    with actors_errors():
         for row in dataset.iter_rows():
             assert row["number"] not in results, "a chunk came twice"
             results[row["number"]] = row["result"]
             progress.advance(len(plans[row["number"]].index))
-    except UserError as error:
-        # Ray's error for it carries a traceback; `cause` is what the actor raised.
-        raise UserError(str(getattr(error, "cause", error))) from error
     chunks = [pickle.loads(results[plan.number]) for plan in plans]
 
     reasons = {sample: reason for _, set_aside in chunks for sample, reason in set_aside.items()}

@@ -18,6 +18,7 @@ from tmkd_ray.knowledge.store import text_bank_key
 from tmkd_ray.stages.experiment import Experiment
 from tmkd_ray.stages.fitting import Fitted, load_teacher
 from tmkd_ray.stages.pipeline import (
+    actors_errors,
     knowledge_layouts,
     plan_dataset,
     teacher_stages,
@@ -307,7 +308,7 @@ def _compute_shards(
     times = StageTimes(dict.fromkeys(STAGES, 0.0), actors)
     rate = Rate("knowledge", sum(len(plan.index) for plan in plans), "images")
     variants = {split: layout.num_variants for split, layout in layouts.items()}
-    try:
+    with actors_errors():
         for row in dataset.iter_rows():
             lease.check()
             images = row["rows"] + row["set_aside"]
@@ -315,7 +316,4 @@ def _compute_shards(
             for stage in STAGES:
                 times.seconds[stage] += row.get(f"{stage}_seconds", 0.0)
             rate.advance(images)
-    except UserError as error:
-        # Ray's error for it carries a traceback; `cause` is what the actor raised.
-        raise UserError(str(getattr(error, "cause", error))) from error
     return times

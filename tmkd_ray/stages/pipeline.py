@@ -1,7 +1,8 @@
 """The one lazy expression from images to knowledge, as Ray Data runs it; written once or streamed."""
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -9,6 +10,7 @@ import ray
 import ray.data
 
 from tmkd_ray.config import ExperimentConfig, KnowledgeConfig, PoolConfig, TeacherPoolConfig
+from tmkd_ray.errors import UserError
 from tmkd_ray.knowledge import KnowledgeLayout
 from tmkd_ray.knowledge.compute import ClipStage, VisualStage
 from tmkd_ray.stages.experiment import Experiment
@@ -74,6 +76,15 @@ def teacher_stages(
     """
     dataset = view_stage(dataset, view_actor, view_arguments, config.knowledge.views)
     return teachers_of_views(dataset, config.knowledge, visual, clip, layouts, gpus_taken)
+
+
+@contextlib.contextmanager
+def actors_errors() -> Iterator[None]:
+    """Let a UserError of an actor come out as it was raised there; Ray's own for it carries a traceback."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(getattr(error, "cause", error))) from error
 
 
 def plan_dataset(tables: Sequence[pa.Table]) -> ray.data.Dataset:

@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
@@ -12,12 +13,12 @@ import torch
 
 from tmkd_ray.config import PoolConfig, TrainingConfig
 from tmkd_ray.datasets.base import SampleIndex
-from tmkd_ray.errors import UserError
 from tmkd_ray.knowledge import KnowledgeLayout, KnowledgeStore
 from tmkd_ray.knowledge.compute import ViewStage
 from tmkd_ray.knowledge.node_copy import map_store
 from tmkd_ray.stages.experiment import Experiment
 from tmkd_ray.stages.pipeline import (
+    actors_errors,
     knowledge_layouts,
     plan_dataset,
     teacher_stages,
@@ -118,10 +119,8 @@ class StreamedSource(BatchSource):
 
     @staticmethod
     def _tables(split: Any) -> Iterator[pa.Table]:
-        try:
+        with actors_errors():
             yield from split.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
-        except UserError as error:
-            raise UserError(str(getattr(error, "cause", error))) from error
 
 
 class _ViewActor(StreamedViewStage):
@@ -189,8 +188,8 @@ class StreamedStore(StreamedSource):
         device: torch.device,
     ) -> None:
         count = len(rows.ids)
-        nowhere = torch.zeros(count, dtype=torch.int32).numpy(), rows.positions.astype("int64")
-        super().__init__(SampleIndex(rows.ids, rows.labels, *nowhere), rows.arrays.layout, training, device)
+        index = SampleIndex(rows.ids, rows.labels, np.zeros(count, np.int32), rows.positions)
+        super().__init__(index, rows.arrays.layout, training, device)
         self.store, self.rows, self.pool, self.root = store, rows, pool, root
 
     def pipeline(self, dataset: ray.data.Dataset, plan: StreamPlan) -> ray.data.Dataset:
