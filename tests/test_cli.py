@@ -12,7 +12,8 @@ import transformers
 from PIL import Image
 
 from tmkd_ray import __version__
-from tmkd_ray.cli import demo_config, main
+from tmkd_ray.cli import main
+from tmkd_ray.commands.run import demo_config
 from tmkd_ray.config_reading import read_config
 from tmkd_ray.models import build_model
 from tmkd_ray.teachers import ClipTeacher
@@ -485,9 +486,9 @@ def test_an_interruption_and_a_defect(monkeypatch, capsys):
     def fail(*args):
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr("tmkd_ray.cli.read_config", interrupt)
+    monkeypatch.setattr("tmkd_ray.commands.config.read_config", interrupt)
     assert main(["config", "show"]) == 130
     assert capsys.readouterr().err == "interrupted; run the same command again to go on\n"
-    monkeypatch.setattr("tmkd_ray.cli.read_config", fail)
+    monkeypatch.setattr("tmkd_ray.commands.config.read_config", fail)
     with pytest.raises(RuntimeError, match="a defect"):
         main(["config", "show"])
