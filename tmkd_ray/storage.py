@@ -241,6 +241,16 @@ def sizes(path: str) -> dict[str, int]:
     return {info.base_name: info.size for info in _list(path) if info.type == FileType.File}
 
 
+def modified_s(path: str) -> float | None:
+    """Return when a file was written, in seconds by the storage's clock; None where that does not say.
+
+    Raises:
+        UserError: as for `exists`.
+    """
+    written_ns = _info(path).mtime_ns
+    return None if written_ns is None else written_ns / 1e9
+
+
 def _info(path: str) -> FileInfo:
     filesystem, inner = open_filesystem(path)
     with _told("look for", path):

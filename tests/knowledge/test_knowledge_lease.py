@@ -171,7 +171,7 @@ def test_another_machine_by_the_age_of_its_claim(heartbeat: str, tmp_path: Path)
 
 def test_storage_that_tells_no_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There the claim's own time has to do."""
-    monkeypatch.setattr("tmkd_ray.knowledge.lease.modified_s", lambda path: None)
+    monkeypatch.setattr("tmkd_ray.storage.modified_s", lambda path: None)
     put(tmp_path, replace(CLAIM, heartbeat="2999-01-01T00:00:00+00:00"))
     with pytest.raises(UserError, match="elsewhere"), WriterLease(str(tmp_path)):
         pytest.fail("it may live")

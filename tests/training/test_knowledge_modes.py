@@ -1,6 +1,10 @@
 """Cached, streaming, online: one expression, so the same batches, pixels and losses; without a cluster."""
 
+import errno
+import fcntl
+import os
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +23,7 @@ from tmkd_ray.datasets.digits import CLASS_NAMES, DigitsConfig
 from tmkd_ray.datasets.image_folder import ImageFolderConfig
 from tmkd_ray.errors import UserError
 from tmkd_ray.fusion import TeacherConstants
-from tmkd_ray.knowledge import KnowledgeLayout, KnowledgeStore
+from tmkd_ray.knowledge import KnowledgeLayout, KnowledgeStore, node_copy
 from tmkd_ray.knowledge.compute import ClipStage, ShardWriter, ViewStage, VisualStage, plan_shards
 from tmkd_ray.knowledge.node_copy import map_store
 from tmkd_ray.models import build_model
@@ -345,6 +349,40 @@ def test_one_copy_is_made_and_used_again(tmp_path: Path) -> None:
     assert {path.name: path.stat().st_mtime_ns for path in copy.iterdir()} == before
     with pytest.raises(ValueError, match="read-only"):
         arrays.feature[0] = 0
+
+
+def test_copies_that_nobody_opens_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After two weeks, or at once where a full disk leaves no room for the next one."""
+    Bed(tmp_path).cached()
+    store = KnowledgeStore(str(tmp_path / "store"))
+    copies = tmp_path / "copies" / "knowledge"
+    arrays = map_store(store, "train", str(tmp_path / "copies"))
+    kept = np.array(arrays.feature)
+    (copy,) = (path for path in copies.iterdir() if path.is_dir())
+    recent, forgotten, in_use = (copies / name for name in ("recent-train", "forgotten-train", "used-train"))
+    for folder in (recent, forgotten, in_use):
+        shutil.copytree(copy, folder)
+    weeks_ago = time.time() - node_copy.UNUSED_S - 60
+    os.utime(forgotten, (weeks_ago, weeks_ago))
+    os.utime(in_use, (weeks_ago, weeks_ago))
+    with open(copies / "used-train.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        map_store(store, "validation", str(tmp_path / "copies"))
+        assert recent.is_dir()
+        assert in_use.is_dir()
+        assert not forgotten.exists()
+
+    def full_once(*arguments: object) -> None:
+        monkeypatch.undo()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (validation,) = copies.glob("*-validation")
+    shutil.rmtree(validation)
+    monkeypatch.setattr(node_copy, "_make", full_once)
+    map_store(store, "validation", str(tmp_path / "copies"))
+    assert [path.name for path in copies.iterdir() if path.is_dir()] == [validation.name]
+    assert np.array_equal(arrays.feature, kept), "what is mapped stays"
+    assert isinstance(map_store(store, "train", str(tmp_path / "copies")).feature, np.memmap)
 
 
 def test_a_copy_of_a_damaged_store_is_not_made(tmp_path: Path) -> None:

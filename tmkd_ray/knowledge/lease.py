@@ -190,7 +190,7 @@ class WriterLease:
         probe = f"{self._path}.{self._claim.token}"
         storage.write_bytes(probe, b"")
         try:
-            now, renewed = modified_s(probe), modified_s(self._path)
+            now, renewed = storage.modified_s(probe), storage.modified_s(self._path)
         finally:
             storage.delete(probe)
         if now is None or renewed is None:  # no such clock: trust the machines' own
@@ -220,13 +220,6 @@ def _owner(claim: Claim) -> str:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def modified_s(path: str) -> float | None:
-    """Return when a file was written, in seconds by the storage's clock; None where that does not say."""
-    filesystem, inner = storage.open_filesystem(path)
-    written_ns = filesystem.get_file_info(inner).mtime_ns
-    return None if written_ns is None else written_ns / 1e9
 
 
 def _this_machine() -> str:

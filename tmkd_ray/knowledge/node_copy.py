@@ -2,16 +2,21 @@
 
 The shards of a store are packed for storage: hashed, compressed, cut in pieces. The copy holds the same arrays
 as plain `.npy` files, so that any rows can be read at once by any number of trainings, which share the pages.
-It lies below `root`, named by the store's content; a copy of another content is another folder.
+It lies below `root`, named by the store's content; a copy of another content is another folder. Copies that
+nobody opened for two weeks are removed when another is made, and any but the one in the making when the disk is
+full: what a process has mapped stays readable to it, and who comes later makes the copy again.
 """
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +25,9 @@ import numpy as np
 
 from tmkd_ray.errors import UserError
 from tmkd_ray.knowledge.store import KnowledgeArrays, KnowledgeStore
+
+UNUSED_S = 14 * 24 * 3600.0
+"""A copy is kept for so long after it was last opened."""
 
 _NAMES = (
     "ids",
@@ -54,22 +62,48 @@ def map_store(store: KnowledgeStore, split: str, root: str | None = None) -> Kno
     content = json.dumps([asdict(shard) for shard in manifest.shards if shard.split == split])
     key = hashlib.sha256(content.encode()).hexdigest()[:24]
     folder = Path(root or default_root()) / "knowledge" / f"{key}-{split}"
+    arrays: dict[str, Any] = dict.fromkeys(_NAMES)
     try:
         with _locked(folder):
             if not folder.is_dir():
-                _make(store, split, folder)
+                _remove_others(folder, time.time() - UNUSED_S)
+                _make_or_make_room(store, split, folder)
+            os.utime(folder)
+            for name in _NAMES:
+                file = folder / f"{name}.npy"
+                if file.exists():
+                    arrays[name] = np.load(file, mmap_mode="r")
     except OSError as error:
         raise UserError(
             f"cannot make this machine's copy of the knowledge store in {folder}: {error}; give another disk "
             "by knowledge.node_copies or $TMKD_CACHE, or set knowledge.loader=resident"
         ) from error
-    arrays: dict[str, Any] = dict.fromkeys(_NAMES)
-    for name in _NAMES:
-        file = folder / f"{name}.npy"
-        if file.exists():
-            arrays[name] = np.load(file, mmap_mode="r")
     arrays["ids"] = np.asarray(arrays["ids"])
     return KnowledgeArrays(manifest.layouts[split], **arrays)
+
+
+def _make_or_make_room(store: KnowledgeStore, split: str, folder: Path) -> None:
+    try:
+        _make(store, split, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        if not _remove_others(folder, math.inf):
+            raise
+        _make(store, split, folder)
+
+
+def _remove_others(folder: Path, opened_before_s: float) -> bool:
+    """Remove the copies beside `folder` that were last opened before; return whether there were any."""
+    removed = False
+    for other in folder.parent.iterdir():
+        if other == folder or not other.is_dir() or other.suffix:  # a suffix: it is being made
+            continue
+        with _locked(other, wait=False) as free:
+            if free and other.is_dir() and other.stat().st_mtime < opened_before_s:
+                shutil.rmtree(other)
+                removed = True
+    return removed
 
 
 def _make(store: KnowledgeStore, split: str, folder: Path) -> None:
@@ -96,9 +130,14 @@ def _make(store: KnowledgeStore, split: str, folder: Path) -> None:
     unfinished.rename(folder)
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+@contextlib.contextmanager
+def _locked(folder: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of a copy; without waiting, yield whether it is held."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f"{folder.name}.lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True

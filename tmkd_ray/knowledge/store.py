@@ -36,7 +36,6 @@ from tmkd_ray.errors import UserError
 from tmkd_ray.fusion import TeacherConstants
 from tmkd_ray.knowledge.fingerprint import Fingerprint, check_match
 from tmkd_ray.knowledge.layout import KnowledgeLayout, decode_array, decode_images
-from tmkd_ray.knowledge.lease import modified_s
 from tmkd_ray.knowledge.quantization import dequantize
 from tmkd_ray.types import Knowledge
 
@@ -245,7 +244,7 @@ class KnowledgeStore:
         """Return the keys of the text banks, the newest first."""
         folder = self.at("text_banks")
         names = [name for name in storage.sizes(folder) if re.fullmatch(r"[^.].*\.safetensors", name)]
-        names.sort(key=lambda name: (modified_s(storage.join(folder, name)) or 0.0, name), reverse=True)
+        names.sort(key=lambda name: (storage.modified_s(storage.join(folder, name)) or 0.0, name), reverse=True)
         return [name.removesuffix(".safetensors") for name in names]
 
     def write_text_bank(self, key: str, bank_VCE: torch.Tensor, temperature: float) -> None:
