@@ -1,0 +1,100 @@
+"""The study of CIFAR-100: every cell is a legal configuration, and its tables are right."""
+
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "cifar100"
+sys.path.insert(0, str(FOLDER))
+
+import study  # noqa: E402
+import tables  # noqa: E402
+
+STUDY = study.read_study(FOLDER / "study.yaml")
+
+
+@pytest.mark.parametrize("run", STUDY["runs"])
+def test_every_cell_of_every_run_is_a_configuration(run: str) -> None:
+    config = study.run_config(STUDY, run, list(STUDY["cells"]), STUDY["seeds"], ["dataset.path=data"])
+    assert set(config.methods) == set(STUDY["cells"])
+    assert config.name == run
+    teacher, student = run.split("_")[:2]
+    assert (config.teacher.visual.model, config.student.model) == (teacher, student)
+    views = {name: config.taught_views(distiller) for name, distiller in config.methods.items()}
+    assert views["kd_plain"] == ("original",)
+    assert views["kd_mirror"] == ("original", "mirror")
+    assert views["tmkd"] == views["kd_fused"] == ("original", "edge", "high_frequency")
+    assert config.methods["kd_mirror"].weighting == "uniform"
+
+
+def test_the_claims_are_about_cells_of_the_study() -> None:
+    for ours, theirs, _ in tables.CLAIMS:
+        assert {ours, theirs} <= set(STUDY["cells"])
+
+
+def record(cell: str, seed: int, accuracy: float) -> dict[str, object]:
+    fused = {"teacher": "fused", "views": ["original", "edge"]}
+    methods = {cell: {"teacher": "none", "views": None} if cell == "alone" else fused}
+    return {
+        "run": "a_b_short",
+        "cell": cell,
+        "seed": seed,
+        "teacher": "a",
+        "student": "b",
+        "parameters": 1234,
+        "epochs": 5,
+        "labels_per_class": 10,
+        "images_per_epoch": 1000,
+        "validation_accuracy": accuracy + 0.01,
+        "test_accuracy": accuracy,
+        "test_images": 10000,
+        "best_epoch": 5,
+        "seconds": 10.0,
+        "num_workers": 1,
+        "device": "cpu",
+        "hardware": "a processor",
+        "finished": "2026-01-01T00:00:00Z",
+        "config": {"methods": methods, "views": {"original": {}, "edge": {}}},
+    }
+
+
+def test_tables_are_made_from_records_alone(tmp_path: Path) -> None:
+    accuracies = {"alone": [0.2, 0.21, 0.22], "kd_plain": [0.25, 0.27, 0.23], "tmkd": [0.27, 0.3, 0.25]}
+    folder = tmp_path / "runs" / "a_b_short" / "cells"
+    folder.mkdir(parents=True)
+    for cell, values in accuracies.items():
+        for seed, value in enumerate(values):
+            (folder / f"{cell}-seed{seed}.json").write_text(json.dumps(record(cell, seed, value)))
+    tables.write_tables(tmp_path / "runs", tmp_path)
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "results" / "a_b_short.csv").read_text())))
+    assert len(rows) == 9
+    assert {row["cell"] for row in rows} == set(accuracies)
+    text = (tmp_path / "RESULTS.md").read_text()
+    difference = 100 * (np.array(accuracies["tmkd"]) - np.array(accuracies["kd_plain"]))
+    half = stats.t.ppf(0.975, 2) * difference.std(ddof=1) / np.sqrt(3)
+    assert f"+{difference.mean():.2f} ± {half:.2f}" in text
+    assert "| `kd_plain` | 3 | 26.00 ± 2.00 | 25.00 ± 2.00 | 2.0 |" in text
+    assert difference.mean() > half
+    assert "borne out" in text
+    passes = tables.online_passes([record("tmkd", 0, 0.1), record("alone", 0, 0.1)])
+    assert passes == 5 * 1000 * 2
+
+
+def test_a_claim_needs_more_than_one_seed_and_clears_zero() -> None:
+    assert tables.paired({0: 0.5}, {1: 0.5}) is None
+    single = tables.paired({0: 0.5, 3: 0.9}, {0: 0.4})
+    assert single is not None
+    assert (single.n, single.in_words()) == (1, "one seed: no interval")
+    noise = tables.paired({0: 0.5, 1: 0.4}, {0: 0.4, 1: 0.45})
+    assert noise is not None
+    assert noise.in_words().startswith("not shown")
+    worse = tables.paired({0: 0.1, 1: 0.11, 2: 0.1}, {0: 0.4, 1: 0.41, 2: 0.41})
+    assert worse is not None
+    assert worse.in_words().startswith("refuted")
+    assert worse.in_points().startswith("−")
