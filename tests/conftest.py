@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tmkd_ray.report.html import ViewGallery
+from tmkd_ray.analysis_record import ViewGallery
 from tmkd_ray.results import (
     ClipRecord,
     DatasetRecord,

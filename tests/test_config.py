@@ -211,7 +211,7 @@ def test_a_key_like_no_other_lists_the_valid_ones():
         ({"methods": {"a": None}}, "methods.a: expected a mapping (given: null)"),
         (
             {"methods": {"a": "tmdk"}},
-            "methods.a.name: expected 'alone', 'kd' or 'tmkd' (given: \"tmdk\")",
+            "methods.a.name: expected 'alone', 'embedding', 'kd', 'lgd', 'seed' or 'tmkd' (given: \"tmdk\")",
         ),
         ({"methods": {"a": {"kd_weight": -1}}}, "methods.a.kd_weight: must be at least 0 (given: -1)"),
         (

@@ -12,16 +12,18 @@ PIPELINES = Path(__file__).parent.parent / "pipelines"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__init__",),
-    ("errors", "types"),
+    ("errors", "progress", "types"),
     ("registry", "storage"),
     ("settings",),
-    ("precision", "results"),
+    ("analysis_record", "precision", "results", "trials"),
     ("augmentation", "datasets", "losses", "models", "views"),
     ("distillers", "fusion", "teachers"),
-    ("knowledge", "objective"),
+    ("knowledge", "objective", "pretraining"),
     ("config",),
-    ("config_reading",),
-    ("training",),
+    ("config_reading", "config_reference", "planning"),
+    ("search",),
+    ("analysis", "export", "training"),
+    ("downstream",),
     ("report",),
     ("stages",),
     ("commands",),
@@ -33,7 +35,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 A part may import from the layers below its own, and from its own layer so long as no circle comes of it.
 """
 
-ONLY: dict[str, set[str]] = {"report": {"errors", "results", "settings", "storage", "types"}}
+ONLY: dict[str, set[str]] = {
+    "report": {"analysis_record", "errors", "results", "settings", "storage", "trials", "types"}
+}
 """Parts that may know less than their layer allows: a report is made from results alone."""
 
 RAY_MAY_BE_IN = "stages"

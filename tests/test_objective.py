@@ -164,7 +164,7 @@ def test_values_out_of_range_are_refused(option: dict[str, Any]) -> None:
         ({"contrastive_weight": 1, "contrastive_mode": "both"}, {"clip_embedding", "text_bank"}),
         ({"ce_weight": 1, "kd_weight": 1, "text_weight": 1}, {"logits", "text_logits"}),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else " ".join(sorted(value)),
 )
 def test_requires_is_what_is_read_and_the_rest_may_be_missing(
     options: dict[str, Any], fields: set[str]

@@ -3,14 +3,16 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
 from tmkd_ray.config import DEFAULT_VIEWS, ExperimentConfig
 from tmkd_ray.errors import ConfigError
-from tmkd_ray.settings import explain, names_as_mapping, shown
+from tmkd_ray.settings import Settings, explain, names_as_mapping, shown
+
+Section = TypeVar("Section", bound=Settings)
 
 _NUMBER_WITH_EXPONENT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 _NUMBERS_BEGIN_WITH = list("-+.0123456789")
@@ -95,35 +97,106 @@ def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Exper
     Raises:
         ConfigError: every error at once, each with its dotted path and, for an unknown key, the nearest.
     """
-    source = "the command line (no --config is given)" if path is None else str(path)
-    tree: Any = {} if path is None else parse_yaml(_read_text(Path(path)), source)
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{source}: expected a mapping of sections at the top, not {shown(tree)}")
+    return resolve(*read_tree(path, overrides))
+
+
+def read_tree(path: str | Path | None, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
+    """Read a YAML file and apply dotted overrides; return plain values, unchecked, and what to call them.
+
+    A file may begin with `extends: other.yaml`, a path from its own folder: it takes over that file's values,
+    which must not extend another one in turn, and says what differs.
+
+    Raises:
+        ConfigError: a file cannot be read or is not YAML, or an override is none.
+    """
+    tree, source = ({}, "the command line (no --config is given)") if path is None else _read_file(Path(path))
     for override in overrides:
         apply_override(tree, override)
-    return resolve(tree, source)
+    if EXTENDS in tree:
+        raise ConfigError(
+            f"override {EXTENDS}=…: a file names the one it extends; on the command line give such a file"
+        )
+    return tree, source
 
 
-def _read_text(path: Path) -> str:
+EXTENDS = "extends"
+"""The key under which a file names another one whose values it takes over."""
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], str]:
+    """Return a file's tree over that of the file it extends, if any, and what to call the two."""
+    tree = _read_mapping(path, "--config")
+    named = tree.pop(EXTENDS, None)
+    if named is None:
+        return tree, str(path)
+    if not isinstance(named, str):
+        raise ConfigError(f"{path}: {EXTENDS}: expected the path of one file (given: {shown(named)})")
+    base = path.parent / named
+    inherited = _read_mapping(base, f"{path}: {EXTENDS}")
+    if EXTENDS in inherited:
+        raise ConfigError(
+            f"{path}: {EXTENDS}: {base} extends a file itself, which is one level too many; "
+            "extend that file, or write out what is needed of it"
+        )
+    source = f"{path} (which extends {base})"
+    try:
+        return merged(inherited, tree), source
+    except ValueError as error:  # the one short form that can be wrong: a list of names
+        raise ConfigError(f"{source}: views: {error}") from error
+
+
+def _read_mapping(path: Path, where: str) -> dict[str, Any]:
+    tree = parse_yaml(_read_text(path, where), str(path))
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections at the top, not {shown(tree)}")
+    return tree
+
+
+def merged(inherited: dict[str, Any], own: dict[str, Any], path: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return a new tree with the values of `own`, and those of `inherited` where it says nothing.
+
+    Sections are merged key by key; but one that names something else (another dataset, strategy, objective) is
+    replaced as a whole, as the options of the two have nothing in common. So are lists and plain values.
+
+    Args:
+        path: of the two within the configuration.
+    """
+    result = dict(inherited)
+    for key, value in own.items():
+        where = [*path, str(key)]
+        if isinstance(value, dict) and inherited.get(key) is not None:
+            below = _long_form(inherited[key], where)
+            if isinstance(below, dict) and value.get("name", below.get("name")) == below.get("name"):
+                value = merged(below, value, tuple(where))
+        result[key] = value
+    return result
+
+
+def _read_text(path: Path, where: str) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"--config: there is no file {path}") from None
+        raise ConfigError(f"{where}: there is no file {path}") from None
     except OSError as error:
-        raise ConfigError(f"--config: cannot read {path}: {error.strerror}") from error
+        raise ConfigError(f"{where}: cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"--config: {path} is not UTF-8 text: line {line}. Save it as UTF-8") from error
+        raise ConfigError(f"{where}: {path} is not UTF-8 text: line {line}. Save it as UTF-8") from error
 
 
 def resolve(tree: dict[str, Any], source: str) -> ExperimentConfig:
     """Check a plain tree of values and return it typed; errors as in `read_config`."""
+    return resolve_as(ExperimentConfig, tree, source)
+
+
+def resolve_as(section: type[Section], tree: dict[str, Any], source: str) -> Section:
+    """Check a plain tree of values as a configuration of another kind; errors as in `read_config`."""
     try:
-        return ExperimentConfig.model_validate(tree)
+        return section.model_validate(tree)
     except ValidationError as error:
-        problems = explain(error, ExperimentConfig)
+        problems = explain(error, section)
         count = "1 error" if len(problems) == 1 else f"{len(problems)} errors"
         listing = "\n".join(f"  {'.'.join(path)}: {text}" for path, text in problems)
         raise ConfigError(f"{count} in the configuration from {source}:\n{listing}") from error
@@ -166,6 +239,6 @@ def _long_form(section: Any, path: list[str]) -> Any:
     return {"name": section} if takes_name and isinstance(section, str) else section
 
 
-def dump_config(config: ExperimentConfig) -> str:
+def dump_config(config: Settings) -> str:
     """Return the resolved configuration as YAML that `read_config` reads back to an equal one."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)

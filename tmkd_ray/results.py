@@ -86,6 +86,22 @@ class EpochRecord(Settings):
     data_share: Accuracy | None = None
 
 
+class CostRecord(Settings):
+    """What a prediction costs.
+
+    Attributes:
+        flops: floating-point operations for one image; a multiplication and an addition are two.
+        latency_seconds: of one image by itself, median over many.
+        device: that it was measured on, such as "cpu" or the name of the GPU.
+        threads: of the CPU that took part.
+    """
+
+    flops: Count
+    latency_seconds: Seconds
+    device: str
+    threads: Annotated[int, Field(ge=1)]
+
+
 class TrainingRecord(Settings):
     """One seed of one method.
 
@@ -129,13 +145,18 @@ class MethodRecord(Settings):
         name: short and unique in the run, such as "tmkd".
         label: for people, such as "TMKD (text-guided fused teacher)".
         student: name of the student model.
+        measured_by: its trained `classifier`; or `zero-shot`, the similarity of its embedding with the class
+            names' text embeddings: no label taught it the classes.
         runs: one a seed.
+        cost: of the student's predictions; None where it was not measured.
     """
 
     name: str
     label: Text
     student: str
+    measured_by: Literal["classifier", "zero-shot"] = "classifier"
     runs: Annotated[list[TrainingRecord], Field(min_length=1)]
+    cost: CostRecord | None = None
 
     @field_validator("runs")
     @classmethod
@@ -192,6 +213,7 @@ class TeacherRecord(Settings):
         fused_validation_accuracy: `uniform` and `semantic` weights, and `oracle`: right on any view.
         history: of the fitting; empty for a checkpoint.
         seconds: of the fitting.
+        cost: of its predictions on the plain images; None where it was not measured.
     """
 
     model: str
@@ -207,6 +229,7 @@ class TeacherRecord(Settings):
     )
     history: list[EpochRecord] = Field(default_factory=list)
     seconds: Seconds | None = None
+    cost: CostRecord | None = None
 
 
 class ClipRecord(Settings):

@@ -1,7 +1,7 @@
 """The study of what TMKD brings on CIFAR-100: every cell of `study.yaml`, with every seed.
 
     python benchmarks/cifar100/study.py --data PARQUET_FOLDER [--teacher resnet56=WEIGHTS] [--clip FOLDER]
-        [--only RUN …] [--cells CELL …] [--output runs/cifar100] [path=value …]
+        [--only RUN,…] [--cells CELL,…] [--seeds 0,…] [--output runs/cifar100] [path=value …]
 
 What is finished is kept: the same command goes on after an interruption. Each cell and seed leaves a JSON
 file with its resolved configuration in the run's folder; test images are read once, when that file is made.
@@ -64,6 +64,16 @@ def run_config(
     return resolve(tree, f"{run} of the study")
 
 
+def teacher_model(study: dict[str, Any], run: str) -> str:
+    """Return the visual teacher of a run."""
+    models = [
+        value
+        for path, _, value in (override.partition("=") for override in flat(study["runs"][run]))
+        if path == "teacher.visual.model"
+    ]
+    return models[-1]
+
+
 def go(config: ExperimentConfig, folder: Path) -> None:
     """Compute what is missing of a run: the teachers' figures, then cell by cell, seed by seed."""
     teachers_file = folder / "teachers.json"
@@ -123,7 +133,6 @@ def go(config: ExperimentConfig, folder: Path) -> None:
                     "student": config.student.model,
                     "parameters": outcome.parameters,
                     "epochs": one.training.epochs,
-                    "labels_per_class": one.training.labels_per_class,
                     "images_per_epoch": num_images(one, knowledge),
                     "validation_accuracy": outcome.validation_accuracy,
                     "test_accuracy": test.others[0].metrics.accuracy,
@@ -177,6 +186,10 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     unfinished.rename(path)
 
 
+def listed(text: str) -> list[str]:
+    return text.split(",")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", type=Path, default=HERE / "study.yaml")
@@ -185,9 +198,9 @@ def main() -> int:
         "--teacher", action="append", default=[], metavar="MODEL=WEIGHTS", help="else fitted here"
     )
     parser.add_argument("--clip", metavar="FOLDER", help="a CLIP by save_pretrained; else fitted here")
-    parser.add_argument("--only", nargs="+", metavar="RUN", help="these runs; else all")
-    parser.add_argument("--cells", nargs="+", metavar="CELL", help="these cells; else all")
-    parser.add_argument("--seeds", nargs="+", type=int, help="these seeds; else the study's")
+    parser.add_argument("--only", type=listed, metavar="RUN,…", help="these runs; else all")
+    parser.add_argument("--cells", type=listed, metavar="CELL,…", help="these cells; else all")
+    parser.add_argument("--seeds", type=listed, metavar="0,…", help="these seeds; else the study's")
     parser.add_argument("--output", type=Path, default=Path("runs/cifar100"))
     parser.add_argument("--results", type=Path, default=HERE, help="folder of results/ and RESULTS.md")
     parser.add_argument("--tables-only", action="store_true", help="from what is there; train nothing")
@@ -204,11 +217,14 @@ def main() -> int:
                     extra.append(f"dataset.path={options.data}")
                 if options.clip is not None:
                     extra.append(f"teacher.text.model={options.clip}")
-                cells, seeds = options.cells or list(study["cells"]), options.seeds or study["seeds"]
+                cells, seeds = (
+                    options.cells or list(study["cells"]),
+                    [int(seed) for seed in options.seeds or study["seeds"]],
+                )
+                weight = weights.get(teacher_model(study, run))
+                if weight is not None:
+                    extra.append(f"teacher.visual.checkpoint={weight}")
                 config = run_config(study, run, cells, seeds, extra)
-                if config.teacher.visual.model in weights:
-                    extra.append(f"teacher.visual.checkpoint={weights[config.teacher.visual.model]}")
-                    config = run_config(study, run, cells, seeds, extra)
                 with ray_session(config):
                     go(config, options.output / run)
         write_tables(options.output, options.results)

@@ -22,7 +22,6 @@ COLUMNS = (
     "student",
     "parameters",
     "epochs",
-    "labels_per_class",
     "images_per_epoch",
     "validation_accuracy",
     "test_accuracy",
@@ -132,9 +131,7 @@ def percentages(values: dict[str, float]) -> str:
 def run_section(run: str, teacher: Record | None, records: list[Record]) -> list[str]:
     """Return the lines of a run: its recipe, its teachers, its cells, and what the claims come to."""
     first = records[0]
-    labels = (
-        "all labels" if first["labels_per_class"] is None else f"{first['labels_per_class']} labels a class"
-    )
+    labels = f"{first['images_per_epoch']:,} labelled images"
     lines = [
         f"## {run}",
         "",

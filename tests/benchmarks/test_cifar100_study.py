@@ -21,11 +21,13 @@ STUDY = study.read_study(FOLDER / "study.yaml")
 
 @pytest.mark.parametrize("run", STUDY["runs"])
 def test_every_cell_of_every_run_is_a_configuration(run: str) -> None:
-    config = study.run_config(STUDY, run, list(STUDY["cells"]), STUDY["seeds"], ["dataset.path=data"])
+    extra = ["dataset.path=data", "teacher.visual.checkpoint=weights.pth"]
+    config = study.run_config(STUDY, run, list(STUDY["cells"]), STUDY["seeds"], extra)
     assert set(config.methods) == set(STUDY["cells"])
     assert config.name == run
     teacher, student = run.split("_")[:2]
     assert (config.teacher.visual.model, config.student.model) == (teacher, student)
+    assert study.teacher_model(STUDY, run) == teacher
     views = {name: config.taught_views(distiller) for name, distiller in config.methods.items()}
     assert views["kd_plain"] == ("original",)
     assert views["kd_mirror"] == ("original", "mirror")
@@ -49,7 +51,6 @@ def record(cell: str, seed: int, accuracy: float) -> dict[str, object]:
         "student": "b",
         "parameters": 1234,
         "epochs": 5,
-        "labels_per_class": 10,
         "images_per_epoch": 1000,
         "validation_accuracy": accuracy + 0.01,
         "test_accuracy": accuracy,

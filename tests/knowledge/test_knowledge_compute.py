@@ -327,8 +327,8 @@ class Poisoned(VisualTeacher):
 
     value = float("nan")
 
-    def forward(self, images_BHWC: torch.Tensor) -> torch.Tensor:
-        feature_BD = super().forward(images_BHWC)
+    def forward(self, images_BHWC: torch.Tensor, first_view: int = 0) -> torch.Tensor:
+        feature_BD = super().forward(images_BHWC, first_view)
         feature_BD[2, 5] = self.value
         return feature_BD
 

@@ -35,10 +35,12 @@ def test_actors_that_do_not_say_share_what_gpus_are_left(monkeypatch, gpus, pool
 
 
 def test_each_pool_has_its_own_size_and_share():
-    options = pipeline._pool(PoolConfig(min_size=2, max_size=5, num_cpus=3), 0.25)
+    options = pipeline._pool(PoolConfig(min_size=2, max_size=5, num_cpus=3), 0.25, "teacher")
     assert (options["compute"].min_size, options["compute"].max_size) == (2, 5)
     assert (options["num_cpus"], options["num_gpus"]) == (3, 0.25)
-    assert pipeline._pool(PoolConfig(), 0.0)["num_gpus"] is None
+    assert options["compute"].initial_size == 2
+    assert options["resources"] is None
+    assert pipeline._pool(PoolConfig(), 0.0, "views")["num_gpus"] is None
 
 
 def test_large_images_make_small_shards():

@@ -13,6 +13,7 @@ from PIL import Image
 from tiny_road import TINY
 from torch import nn
 
+from tmkd_ray.analysis_record import Analysis
 from tmkd_ray.cli import main
 from tmkd_ray.config import TrainingConfig
 from tmkd_ray.knowledge import KnowledgeStore
@@ -42,7 +43,27 @@ def test_a_run_leaves_results_report_and_config(tiny_run):
     assert set(results.teacher.view_validation_accuracy) == {"original", "edge", "high_frequency"}
     assert results.semantic_weights is not None
     np.testing.assert_allclose(np.sum(results.semantic_weights, axis=1), 1.0, atol=1e-5)
-    assert "<html" in (folder / "report.html").read_text()
+    analysis = Analysis.load(str(folder / "results-analysis.npz"))
+    assert analysis.created == results.created
+    assert [(each.key, each.seeds) for each in analysis.networks] == [
+        *(("teacher", 1), ("alone", 2), ("kd", 2), ("tmkd", 2))
+    ]
+    for method, each in zip(results.methods, analysis.networks[1:], strict=True):
+        matrix = each.confusion_matrix(10)
+        assert matrix.sum() == 2 * results.dataset.num_test
+        mean = np.mean([run.test_accuracy for run in method.runs])
+        assert np.trace(matrix) / matrix.sum() == pytest.approx(mean)
+        assert method.cost is not None
+        assert method.cost.flops == 25_003_264
+    assert analysis.num_images == 60
+    assert analysis.grad_cam is not None
+    assert [each.key for each in analysis.grad_cam.explanations] == [
+        *("teacher", "fused teacher", "alone", "kd", "tmkd")
+    ]
+    assert analysis.view_wins is not None
+    assert analysis.view_wins.counts.sum() == results.dataset.num_validation
+    report = (folder / "report.html").read_text()
+    assert all(f'id="{name}"' in report for name in ("confusion", "calibration", "features", "grad-cam"))
     assert (folder / "config.yaml").exists()
 
 

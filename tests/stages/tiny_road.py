@@ -17,4 +17,5 @@ TINY = [
     "training.labels_per_class=5",
     "methods={alone: alone, kd: kd, tmkd: tmkd}",
     "seeds=[0, 1]",
+    "report.num_images=60",
 ]

@@ -206,3 +206,22 @@ def test_rates_are_set_for_each_group() -> None:
     set_rates(adamw, optimizer, 8.0)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.5, 0.5])
     assert [group["betas"] for group in optimizer.param_groups] == [(0.9, 0.999)] * 2
+
+
+def test_a_first_step_that_overflows_leaves_no_trace() -> None:
+    """In float16 the scaler skips it; torch's fused SGD would go on with momenta that were never written."""
+    kwargs = {"precision": "float16", "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.0}
+    config = TrainingConfig.model_validate(kwargs)
+    module = nn.Linear(2000, 1, bias=False)
+    start = module.weight.detach().clone()
+    junk = torch.full((1, 2000), 1e30)  # for the allocator to hand out again
+    del junk
+    optimizer = build_optimizer(config, module)
+    scaler = torch.amp.GradScaler("cpu")
+    for factor in (1e38, 1.0, 1.0):
+        scaler.scale((module.weight * factor).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    # Two steps of gradient one: 0.1 · 1, then 0.1 · (0.9 + 1).
+    torch.testing.assert_close(module.weight.detach(), start - 0.1 - 0.19)

@@ -136,3 +136,11 @@ def test_high_frequency(options: dict[str, Any], noise: Images, digits: Images, 
                 enhanced(images), np.clip(images + strength * expected, 0, 255), rtol=0, atol=HALF
             )
     assert residual(noise).std() > 5, "the comparison needs images with detail"
+
+
+def test_mirror_swaps_left_and_right(noise: Images) -> None:
+    """Pixel by pixel; twice is the image itself."""
+    mirror = build_view("mirror", {})
+    expected = np.array([[row[::-1].tolist() for row in image] for image in noise], np.uint8)
+    np.testing.assert_array_equal(mirror(noise), expected)
+    np.testing.assert_array_equal(mirror(mirror(noise)), noise)

@@ -9,16 +9,20 @@ from tmkd_ray.errors import UserError
 
 @COMMANDS.register("fit-teacher")
 class FitTeacher(ConfigCommand):
-    description = "fit the visual teacher"
+    description = "fit the visual teacher, or adapt a given one to the views"
 
     def run(self, config: ExperimentConfig, options: argparse.Namespace) -> None:
         from tmkd_ray.stages.experiment import check_visual_teacher, open_experiment
         from tmkd_ray.stages.fitting import fit_teacher
         from tmkd_ray.stages.session import ray_session
 
-        checkpoint = config.teacher.visual.checkpoint
-        if checkpoint is not None:
-            raise UserError(f"teacher.visual.checkpoint is {checkpoint}: nothing to fit; set it to null")
+        visual = config.teacher.visual
+        if not visual.is_fitted:
+            if visual.checkpoint is None:
+                raise UserError(
+                    f"teacher.visual.model is {visual.model}, which has its weights: nothing to fit"
+                )
+            raise UserError(f"teacher.visual.checkpoint is {visual.checkpoint}: nothing to fit; set it to null")
         experiment = open_experiment(config)
         check_visual_teacher(experiment)
         with ray_session(config):

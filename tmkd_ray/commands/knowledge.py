@@ -53,6 +53,7 @@ def _inspect(action: str, path: str | None, config: str | None, overrides: list[
     from tmkd_ray import storage
     from tmkd_ray.knowledge import KnowledgeStore
     from tmkd_ray.knowledge.verification import describe_store, format_summary, verify_store
+    from tmkd_ray.progress import Rate
     from tmkd_ray.stages.experiment import knowledge_path
 
     if path is None:
@@ -65,7 +66,13 @@ def _inspect(action: str, path: str | None, config: str | None, overrides: list[
     if action == "show":
         print(format_summary(describe_store(store)))
         return 0
-    problems = verify_store(store)
+    progress: list[Rate] = []
+
+    def on_progress(_: int, total: int) -> None:
+        progress[:] = progress or [Rate("verify", total, "shards")]
+        progress[0].advance(1)
+
+    problems = verify_store(store, on_progress)
     for problem in problems:
         print(problem)
     print(f"{path}: {len(problems)} problems" if problems else f"{path}: sound")

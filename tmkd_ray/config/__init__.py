@@ -5,6 +5,8 @@ YAML file, then dotted overrides (`training.epochs=20`); see `config_reading` fo
 
 from tmkd_ray.config.experiment import DEFAULT_VIEWS, ClusterConfig, ExperimentConfig, StudentConfig
 from tmkd_ray.config.knowledge import KnowledgeConfig, PoolConfig, TeacherPoolConfig, ViewPoolConfig
+from tmkd_ray.config.objective import ObjectiveConfig, resolve_objective
+from tmkd_ray.config.report import ReportConfig
 from tmkd_ray.config.teacher import ClipArchitecture, TeacherConfig, TextTeacherConfig, VisualTeacherConfig
 from tmkd_ray.config.training import ClipTrainingConfig, Seed, TrainingConfig
 
@@ -15,7 +17,9 @@ __all__ = [
     "ClusterConfig",
     "ExperimentConfig",
     "KnowledgeConfig",
+    "ObjectiveConfig",
     "PoolConfig",
+    "ReportConfig",
     "Seed",
     "StudentConfig",
     "TeacherConfig",
@@ -24,4 +28,5 @@ __all__ = [
     "TrainingConfig",
     "ViewPoolConfig",
     "VisualTeacherConfig",
+    "resolve_objective",
 ]

@@ -7,6 +7,9 @@ from pydantic import AfterValidator, Field, SerializeAsAny, field_validator, mod
 
 from tmkd_ray.augmentation import AugmentationConfig
 from tmkd_ray.config.knowledge import KnowledgeConfig
+from tmkd_ray.config.objective import AnyObjective, ObjectiveConfig, resolve_objective
+from tmkd_ray.config.report import ReportConfig
+from tmkd_ray.config.search import SearchConfig
 from tmkd_ray.config.teacher import TeacherConfig
 from tmkd_ray.config.training import Seed, TrainingConfig, distinct
 from tmkd_ray.datasets import DATASETS
@@ -38,6 +41,8 @@ class StudentConfig(Settings):
     @classmethod
     def _known(cls, name: str) -> str:
         check_model_name(name)
+        if name.startswith("program:"):
+            raise ValueError("an exported program cannot be trained; it can be a visual teacher")
         return name
 
 
@@ -48,6 +53,34 @@ class ClusterConfig(Settings):
     num_cpus: int | None = Field(
         default=None, ge=1, description="logical CPUs of a local Ray; null: twice the cores, at least 4"
     )
+    autoscaling: bool = Field(
+        default=False,
+        description="the cluster starts nodes when asked: pools ask for all their actors at once, and the GPUs "
+        "of max_gpus are counted on, those there now or not",
+    )
+    max_gpus: int | None = Field(
+        default=None, ge=0, description="with autoscaling: GPUs that the cluster can grow to; 0: none"
+    )
+    node_marks: bool = Field(
+        default=False,
+        description="each stage asks for its own kind of node, by the marks of cluster.yaml: tmkd_views, "
+        "tmkd_teacher, tmkd_train",
+    )
+    wait_s: float = Field(
+        default=1800,
+        gt=0,
+        allow_inf_nan=False,
+        description="how long a stage waits for room on the cluster, new nodes included, before it fails",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "ClusterConfig":
+        if self.autoscaling and self.max_gpus is None:
+            text = "required with cluster.autoscaling: GPUs that the cluster can grow to; 0 if it has none"
+            raise SectionError([(("max_gpus",), text)])
+        if self.max_gpus is not None and not self.autoscaling:
+            raise SectionError([(("max_gpus",), "goes with cluster.autoscaling=true; else leave it null")])
+        return self
 
 
 class ExperimentConfig(Settings):
@@ -64,14 +97,16 @@ class ExperimentConfig(Settings):
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)
     knowledge: KnowledgeConfig = Field(default_factory=KnowledgeConfig)
     student: StudentConfig = Field(default_factory=StudentConfig)
-    distiller: DistillerConfig = Field(default_factory=lambda: DistillerConfig.model_validate("tmkd"))
+    distiller: AnyObjective = Field(default_factory=lambda: resolve_objective("tmkd"))
     training: TrainingConfig = Field(default_factory=TrainingConfig)
-    methods: dict[FolderName, DistillerConfig] = Field(
+    methods: dict[FolderName, AnyObjective] = Field(
         default_factory=dict, description="distillers to compare in one run; empty: `distiller` alone"
     )
     seeds: tuple[Seed, ...] | None = Field(
         default=None, description="of the students, each method once a seed; null: training.seed"
     )
+    search: SearchConfig | None = Field(default=None, description="what `tmkd search` sweeps")
+    report: ReportConfig = Field(default_factory=ReportConfig)
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
 
     @field_validator("dataset", mode="before")
@@ -97,7 +132,7 @@ class ExperimentConfig(Settings):
     @model_validator(mode="after")
     def _check(self) -> "ExperimentConfig":
         # Where methods are compared `distiller` is not trained, but a wrong name in it is still a mistake.
-        distillers: dict[tuple[str, ...], DistillerConfig] = {("distiller",): self.distiller}
+        distillers: dict[tuple[str, ...], ObjectiveConfig] = {("distiller",): self.distiller}
         distillers |= {("methods", name): distiller for name, distiller in self.methods.items()}
         trained = list(distillers)[1:] or list(distillers)
         problems: list[tuple[tuple[str, ...], str]] = []
@@ -112,7 +147,8 @@ class ExperimentConfig(Settings):
                 problems.append((("knowledge", "mode"), text))
             if distiller.views is not None and not distinct(distiller.views):
                 problems.append(((*where, "views"), "give at least one view, each once; null for all"))
-            if where in trained and not distiller.trains_classifier:
+            is_supervised = isinstance(distiller, DistillerConfig)
+            if where in trained and is_supervised and not distiller.trains_classifier:
                 text = "no term trains the classifier; set ce_weight, text_weight, or a kd strategy on logits"
                 problems.append((where, text))
             if self.teacher.text is None and where in trained and distiller.needs_text_teacher:
@@ -134,11 +170,11 @@ class ExperimentConfig(Settings):
             raise SectionError(problems)
         return self
 
-    def named_methods(self) -> dict[str, DistillerConfig]:
+    def named_methods(self) -> dict[str, ObjectiveConfig]:
         """Return the distillers to compare by name: `methods`, else the one of `distiller`."""
         return self.methods or {self.distiller.name: self.distiller}
 
-    def taught_views(self, distiller: DistillerConfig) -> tuple[str, ...]:
+    def taught_views(self, distiller: ObjectiveConfig) -> tuple[str, ...]:
         """Return the views that a distiller's teacher looks at: one for the plain teacher."""
         views = distiller.views or tuple(self.views)
         return views[:1] if distiller.teacher == "plain" else views

@@ -222,9 +222,10 @@ class _TeacherStage:
         self.batch_size = batch_size
         self.precision = precision
         self.last = last
-        self._encode: Callable[[Tensor], Tensor] = torch.compile(self.encode) if compile else self.encode
+        self._encode: Callable[[Tensor, int], Tensor] = torch.compile(self.encode) if compile else self.encode
 
-    def encode(self, images_BHWC: Tensor) -> Tensor:
+    def encode(self, images_BHWC: Tensor, first_view: int) -> Tensor:
+        """Return [B, width] of images that go through the views in turn, from `first_view` on."""
         raise NotImplementedError
 
     @torch.inference_mode()
@@ -237,7 +238,7 @@ class _TeacherStage:
             # Copied: Arrow's buffers are read-only, which torch cannot express.
             batch = torch.from_numpy(pixels[start : start + self.batch_size].copy()).to(self.device)
             with autocast(self.device, self.precision):
-                outputs.append(self._encode(batch).float())
+                outputs.append(self._encode(batch, start % len(layout.views)).float())
         values = torch.cat(outputs).cpu().numpy()
         self._check_finite(values, table, layout)
         for name, stored in self._stored(values, table, layout).items():
@@ -288,8 +289,8 @@ class VisualStage(_TeacherStage):
     teacher = "the visual teacher (teacher.visual)"
     model: VisualTeacher
 
-    def encode(self, images_BHWC: Tensor) -> Tensor:
-        feature_BD: Tensor = self.model(images_BHWC)
+    def encode(self, images_BHWC: Tensor, first_view: int) -> Tensor:
+        feature_BD: Tensor = self.model(images_BHWC, first_view)
         return feature_BD
 
 
@@ -300,7 +301,7 @@ class ClipStage(_TeacherStage):
     teacher = "CLIP (teacher.text)"
     model: ClipTeacher
 
-    def encode(self, images_BHWC: Tensor) -> Tensor:
+    def encode(self, images_BHWC: Tensor, first_view: int) -> Tensor:
         return self.model.encode_images(images_BHWC)
 
 

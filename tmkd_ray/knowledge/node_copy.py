@@ -16,7 +16,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,19 +41,26 @@ _NAMES = (
 )
 
 
+ReadImages = Callable[[KnowledgeArrays], np.ndarray]
+"""Images of the samples of some arrays, uint8 [N, H, W, 3]."""
+
+
 def default_root() -> str:
     """Return `$TMKD_CACHE`, or the user's cache folder."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.environ.get("TMKD_CACHE") or os.path.join(home, "tmkd_ray")
 
 
-def map_store(store: KnowledgeStore, split: str, root: str | None = None) -> KnowledgeArrays:
+def map_store(
+    store: KnowledgeStore, split: str, root: str | None = None, read_images: "ReadImages | None" = None
+) -> KnowledgeArrays:
     """Return a split of a store as read-only arrays mapped from this machine's copy, made on first use.
 
     Processes that want the same copy at once wait for the one that makes it.
 
     Args:
         root: folder for copies on a local disk; None for `default_root`.
+        read_images: gives those of a store that only refers to them, for the copy to hold.
 
     Raises:
         UserError: the store is missing or damaged; the disk is full (names the folder).
@@ -62,12 +69,16 @@ def map_store(store: KnowledgeStore, split: str, root: str | None = None) -> Kno
     content = json.dumps([asdict(shard) for shard in manifest.shards if shard.split == split])
     key = hashlib.sha256(content.encode()).hexdigest()[:24]
     folder = Path(root or default_root()) / "knowledge" / f"{key}-{split}"
+    if manifest.layouts[split].image_format != "reference":
+        read_images = None
+    if read_images is not None:
+        folder = folder.with_name(f"{folder.name}-images")
     arrays: dict[str, Any] = dict.fromkeys(_NAMES)
     try:
         with _locked(folder):
             if not folder.is_dir():
                 _remove_others(folder, time.time() - UNUSED_S)
-                _make_or_make_room(store, split, folder)
+                _make_or_make_room(store, split, folder, read_images)
             os.utime(folder)
             for name in _NAMES:
                 file = folder / f"{name}.npy"
@@ -82,15 +93,17 @@ def map_store(store: KnowledgeStore, split: str, root: str | None = None) -> Kno
     return KnowledgeArrays(manifest.layouts[split], **arrays)
 
 
-def _make_or_make_room(store: KnowledgeStore, split: str, folder: Path) -> None:
+def _make_or_make_room(
+    store: KnowledgeStore, split: str, folder: Path, read_images: "ReadImages | None"
+) -> None:
     try:
-        _make(store, split, folder)
+        _make(store, split, folder, read_images)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         if not _remove_others(folder, math.inf):
             raise
-        _make(store, split, folder)
+        _make(store, split, folder, read_images)
 
 
 def _remove_others(folder: Path, opened_before_s: float) -> bool:
@@ -106,7 +119,7 @@ def _remove_others(folder: Path, opened_before_s: float) -> bool:
     return removed
 
 
-def _make(store: KnowledgeStore, split: str, folder: Path) -> None:
+def _make(store: KnowledgeStore, split: str, folder: Path, read_images: "ReadImages | None") -> None:
     """Write a copy whole: under another name first."""
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -123,6 +136,8 @@ def _make(store: KnowledgeStore, split: str, folder: Path) -> None:
     arrays = store.read(split, allocate=allocate)
     np.save(unfinished / "ids.npy", arrays.ids)
     np.save(unfinished / "labels.npy", arrays.labels)
+    if read_images is not None:
+        np.save(unfinished / "images.npy", read_images(arrays))
     for name in _NAMES:
         values = getattr(arrays, name)
         if isinstance(values, np.memmap):

@@ -22,14 +22,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.torch
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import StringConstraints, TypeAdapter, ValidationError
 
 from tmkd_ray import storage
 from tmkd_ray.errors import UserError
@@ -66,9 +66,11 @@ class ShardRecord:
         set_aside: id and reason of unreadable images.
     """
 
-    split: str
+    split: Annotated[str, StringConstraints(pattern=r"^(train|validation)$")]
     number: int
-    file: str
+    file: Annotated[
+        str, StringConstraints(pattern=r"^[0-9]{5,}-[0-9a-f]{12}\.parquet$")
+    ]  # and no path out of it
     rows: int
     bytes: int
     sha256: str

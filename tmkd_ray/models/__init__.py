@@ -4,6 +4,8 @@
   under the names, and with the parameter names, of its reference implementations (RepDistiller, mdistiller).
 - `torchvision/NAME` is any of torchvision's image classifiers, randomly initialised.
 - `transformers/NAME_OR_FOLDER` is any `AutoModelForImageClassification` with its trained weights.
+- `python:package.module:function` is what a function returns, `program:PATH.pt2` an exported program: networks
+  from outside, with their weights. See `python_models` and `program_models` for what they must do.
 """
 
 from collections.abc import Callable
@@ -18,6 +20,8 @@ from tmkd_ray.types import TaskSpec
 MODELS: Registry[Callable[[TaskSpec], ImageClassifier]] = Registry("model")
 SOURCES: Registry[ModelSource] = Registry("model source")
 """Other libraries' models, by the part of the name before the first slash."""
+GIVEN: Registry[ModelSource] = Registry("kind of given model")
+"""Networks from outside, by the part of the name before the first colon."""
 
 
 def build_model(name: str, task: TaskSpec) -> ImageClassifier:
@@ -28,6 +32,9 @@ def build_model(name: str, task: TaskSpec) -> ImageClassifier:
         UserError: the model cannot be had, or does not suit the task (its image size, its number of classes).
     """
     check_model_name(name)
+    kind, colon, rest = name.partition(":")
+    if colon and kind in GIVEN:
+        return GIVEN.get(kind).build(rest, task)
     source, slash, rest = name.partition("/")
     return SOURCES.get(source).build(rest, task) if slash else MODELS.get(name)(task)
 
@@ -39,6 +46,10 @@ def check_model_name(name: str) -> None:
         UnknownNameError: it does not; the message has the nearest name.
         UserError: it cannot be a transformers model.
     """
+    kind, colon, rest = name.partition(":")
+    if colon and kind in GIVEN:
+        GIVEN.get(kind).check(rest)
+        return
     source, slash, rest = name.partition("/")
     if slash and source in SOURCES:
         SOURCES.get(source).check(rest)
@@ -50,7 +61,8 @@ def check_model_name(name: str) -> None:
         try:
             MODELS.get(name)
         except UnknownNameError as error:
-            raise UnknownNameError(", ".join([str(error), *(f"{other}/NAME" for other in SOURCES)])) from None
+            others = [*(f"{other}/NAME" for other in SOURCES), *(f"{other}:…" for other in GIVEN)]
+            raise UnknownNameError(", ".join([str(error), *others])) from None
 
 
 def model_names() -> list[str]:
@@ -66,6 +78,7 @@ def count_parameters(model: nn.Module) -> int:
 import_submodules(__name__, __path__)
 
 __all__ = [
+    "GIVEN",
     "MODELS",
     "SOURCES",
     "ImageClassifier",

@@ -54,6 +54,10 @@ class ImageClassifier(nn.Module, ABC):
         """The module whose state dict has the published names: self, or the other library's that this wraps."""
         return self
 
+    def source_fingerprint(self) -> str | None:
+        """Return what tells the code of a network that is given from outside; None where its name does."""
+        return None
+
     def adapt_checkpoint(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return a published state dict in the names of `inner`'s own, where the two differ."""
         return state

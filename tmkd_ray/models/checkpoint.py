@@ -30,8 +30,27 @@ def load_checkpoint(model: ImageClassifier, path: str) -> None:
     Raises:
         UserError: there is no such file, it cannot be read, or it is of another model or number of classes.
     """
+    load_weights(model, read_weights(path), path)
+
+
+def read_weights(path: str) -> Mapping[str, Tensor]:
+    """Return the state dict in the file `path`, under the names it has there; see `load_checkpoint`.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read or holds no state dict.
+    """
     path = os.path.expanduser(path)
-    loaded = _unwrap(_read(path), path)
+    return _unwrap(_read(path), path)
+
+
+def bare_names(loaded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict without the prefix (`module.` and the like) that all of its names share."""
+    prefix = _common_prefix(loaded)
+    return {name.removeprefix(prefix): tensor for name, tensor in loaded.items()}
+
+
+def load_weights(model: ImageClassifier, loaded: Mapping[str, Tensor], path: str) -> None:
+    """Load a state dict that was read from `path` into `model`; errors as in `load_checkpoint`."""
     expected = model.inner.state_dict()
     prefix = _common_prefix(loaded)
     state: OrderedDict[str, Tensor] = OrderedDict(

@@ -88,6 +88,31 @@ def try_out(model: ImageClassifier, name: str, task: TaskSpec) -> ModelOutput:
     return output
 
 
+def probe_images(task: TaskSpec) -> Tensor:
+    """Return three images [3, 3, H, W], by which a network from outside is tried; no random number is drawn."""
+    count = 3 * 3 * task.image_size**2
+    return (torch.arange(count).float() * 0.7).sin().reshape(3, 3, task.image_size, task.image_size)
+
+
+def check_head(model: ImageClassifier, name: str, task: TaskSpec) -> None:
+    """Check on a few images that `model`, in evaluation mode, is what an `ImageClassifier` must be.
+
+    Raises:
+        UserError: its logits are of other classes than the task's, or are not those of its head on its feature.
+    """
+    head = model.head
+    with torch.no_grad():
+        output: ModelOutput = model(probe_images(task))
+        width, classes = head.in_features, task.num_classes
+        if output.logits.shape != (3, classes):
+            raise UserError(
+                f"{name}: its logits are {list(output.logits.shape)}, not [3, {classes}] for 3 images"
+            )
+        fits = output.feature.shape == (3, width) and head.out_features == classes
+        if not fits or not torch.allclose(head(output.feature), output.logits, rtol=1e-3, atol=1e-4):
+            raise UserError(f"{name}: its logits are not those of its last linear layer on its feature")
+
+
 class _Recorder:
     """Collects tensors between `start` and `stop`."""
 

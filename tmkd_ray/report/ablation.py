@@ -7,7 +7,7 @@ import statistics
 from matplotlib.axes import Axes
 
 from tmkd_ray.report.comparison import Difference, difference
-from tmkd_ray.report.figures import standalone_svg
+from tmkd_ray.report.drawing import standalone_svg
 from tmkd_ray.report.formatting import MISSING, of, percent_with_std
 from tmkd_ray.results import MethodRecord, RunResults, sample_std
 

@@ -3,7 +3,7 @@
 from collections.abc import Container, Iterable, Sequence
 from html import escape
 
-_VOID = ("meta", "img")
+_VOID = ("meta", "img", "link")
 
 
 class Markup(str):

@@ -47,3 +47,12 @@ def count(number: int) -> str:
 def of(number: int, noun: str) -> str:
     """`1 seed`, `3 seeds`."""
     return f"{count(number)} {noun}" if number == 1 else f"{count(number)} {noun}s"
+
+
+def operations(number: float) -> str:
+    """`850`, `12.5 M`, `3.1 G` … (powers of 1000)."""
+    for unit in ("", " k", " M", " G"):
+        if number < 999.5:
+            return f"{number:.0f}" if unit == "" else f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g} T"

@@ -46,6 +46,7 @@ tbody + tbody th, tbody + tbody td { color: var(--quiet); font-weight: 400; }
 figure { margin: 0; }
 figcaption { margin-top: .25rem; }
 figure svg { display: block; width: 100%; max-width: 32rem; height: auto; }
+.full figure svg { max-width: none; min-width: 40rem; }
 svg text { font-family: inherit !important; }
 .legend { display: flex; flex-wrap: wrap; gap: .35rem 1.5rem; margin: .75rem 0; padding: 0; }
 .legend, .gallery { list-style: none; }
@@ -57,7 +58,8 @@ svg text { font-family: inherit !important; }
   margin: 0; padding: 0;
 }
 .gallery li { padding: .75rem; background: var(--panel); border-radius: .5rem; }
-.gallery h3 { margin: 0 0 .5rem; overflow-wrap: anywhere; }
+.gallery h4 { font-size: 1rem; margin: 0 0 .5rem; overflow-wrap: anywhere; }
+.gallery.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); }
 .views { display: grid; grid-template-columns: repeat(auto-fit, minmax(4.5rem, 1fr)); gap: .5rem; }
 .views img { display: block; width: 100%; border-radius: .25rem; }
 .views figcaption { margin-top: .4rem; font-size: .8rem; line-height: 1.3; }
@@ -72,5 +74,9 @@ dd { margin: 0; overflow-wrap: anywhere; }
 details { margin: 1rem 0; }
 summary { cursor: pointer; }
 pre { overflow-x: auto; padding: 1rem; background: var(--panel); border-radius: .5rem; font-size: .875rem; }
+code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; overflow-wrap: anywhere; }
+pre code { overflow-wrap: normal; }
+article > header { margin-top: 4rem; padding-top: 1.5rem; border-top: 3px solid var(--ink); }
+@media (max-width: 30rem) { th.word:first-child { min-width: 5.5rem; } th, td { padding: .4rem .5rem; } }
 @media print { body { max-width: none; } section, figure { break-inside: avoid; } }
 """

@@ -5,11 +5,14 @@ import textwrap
 from dataclasses import dataclass
 
 from tmkd_ray.report.comparison import difference
-from tmkd_ray.report.formatting import MISSING, count, of, percent, percent_with_std
-from tmkd_ray.results import RunResults, Split, sample_std
+from tmkd_ray.report.formatting import MISSING, count, of, operations, percent, percent_with_std
+from tmkd_ray.results import CostRecord, RunResults, Split, sample_std
 
 WORD_COLUMNS = (0, 4)
 """The method and the model; the accuracy stands between them, next to the name, for narrow screens."""
+
+COST_COLUMNS = ("FLOPs", "Latency (ms)")
+"""What one image costs; only where it was measured."""
 
 FUSIONS = ("uniform", "semantic", "oracle")
 """The order in which fused accuracies are shown."""
@@ -48,6 +51,7 @@ def result_table(results: RunResults) -> ResultTable:
         "Seeds",
         "Model",
         "Parameters",
+        *(COST_COLUMNS if _has_costs(results) else ()),
         "Seconds",
     )
     rows: list[tuple[str, ...]] = []
@@ -61,16 +65,40 @@ def result_table(results: RunResults) -> ResultTable:
                 str(len(accuracies)),
                 method.student,
                 count(method.runs[0].parameters),
+                *_costs(results, method.cost),
                 f"{method.mean_seconds:.1f}",
             )
         )
     return ResultTable(header, rows, _teacher_rows(results, split), _note(results, split))
 
 
+def cost_cells(cost: CostRecord) -> tuple[str, str]:
+    """The cells of COST_COLUMNS."""
+    return operations(cost.flops), f"{1000 * cost.latency_seconds:.3g}"
+
+
+def _has_costs(results: RunResults) -> bool:
+    of_teacher = results.teacher is not None and results.teacher.cost is not None
+    return of_teacher or any(method.cost is not None for method in results.methods)
+
+
+def _costs(results: RunResults, cost: CostRecord | None) -> tuple[str, ...]:
+    if not _has_costs(results):
+        return ()
+    return ("",) * len(COST_COLUMNS) if cost is None else cost_cells(cost)
+
+
 def _teacher_rows(results: RunResults, split: Split) -> list[tuple[str, ...]]:
-    def row(title: str, model: str, parameters: str, accuracy: float, seconds: float | None = None) -> None:
+    def row(
+        title: str,
+        model: str,
+        parameters: str,
+        accuracy: float,
+        seconds: float | None = None,
+        cost: CostRecord | None = None,
+    ) -> None:
         time = "" if seconds is None else f"{seconds:.1f}"
-        rows.append((title, percent(accuracy), "", "", model, parameters, time))
+        rows.append((title, percent(accuracy), "", "", model, parameters, *_costs(results, cost), time))
 
     rows: list[tuple[str, ...]] = []
     # A number of another split than the column's says so in its title.
@@ -80,7 +108,7 @@ def _teacher_rows(results: RunResults, split: Split) -> list[tuple[str, ...]]:
             title, accuracy = "Teacher", teacher.test_accuracy
         else:
             title, accuracy = f"Teacher{elsewhere}", teacher.validation_accuracy
-        row(title, teacher.model, count(teacher.parameters), accuracy, teacher.seconds)
+        row(title, teacher.model, count(teacher.parameters), accuracy, teacher.seconds, teacher.cost)
         for fusion in FUSIONS:
             if fusion in teacher.fused_validation_accuracy:
                 accuracy = teacher.fused_validation_accuracy[fusion]
@@ -103,7 +131,19 @@ def _note(results: RunResults, split: Split) -> str:
                 ", ± the half-width of its 95 % interval, paired by seed where seeds agree" if several else ""
             )
             sentences.append(f"Difference: to {results.methods[0].label}{interval}.")
+        if any(method.measured_by == "zero-shot" for method in results.methods):
+            sentences.append(
+                "Zero-shot: no classifier was trained; the student's embedding is compared with the class "
+                "names' text embeddings."
+            )
         sentences.append("Seconds: of one training" + (", mean over the seeds." if several else "."))
+        costs = [method.cost for method in results.methods if method.cost is not None]
+        if costs:
+            threads = "" if costs[0].device != "cpu" else f", {of(costs[0].threads, 'thread')}"
+            sentences.append(
+                "FLOPs: of one image, a multiplication and an addition being two. Latency: of one image by "
+                f"itself in PyTorch, median ({costs[0].device}{threads})."
+            )
         if split == "validation":
             sentences.append("The test images were not read: accuracies are on the validation images.")
         elif results.dataset.num_test:

@@ -34,7 +34,7 @@ def ablation_config(config: ExperimentConfig, strategies: Sequence[str] | None =
     """
     full = config.distiller
     views = config.taught_views(full)
-    if full.teacher != "fused" or len(views) < 2:
+    if not isinstance(full, DistillerConfig) or full.teacher != "fused" or len(views) < 2:
         raise UserError(
             "distiller: an ablation takes parts from a fused teacher of at least two views; use tmkd"
         )

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from tmkd_ray import storage
-from tmkd_ray.config import TrainingConfig
+from tmkd_ray.config import ObjectiveConfig, TrainingConfig
 from tmkd_ray.datasets.decode import list_set_aside, load_images
 from tmkd_ray.errors import UserError
 from tmkd_ray.knowledge import KnowledgeArrays, KnowledgeLayout, KnowledgeStore
@@ -19,9 +20,11 @@ from tmkd_ray.knowledge.node_copy import map_store
 from tmkd_ray.knowledge.store import text_bank_key
 from tmkd_ray.models import build_model
 from tmkd_ray.objective import DistillerConfig
+from tmkd_ray.pretraining import PretrainingConfig
 from tmkd_ray.stages.experiment import Experiment, identity_key, training_identity
 from tmkd_ray.stages.fitting import found_clip, found_teacher, load_teacher
 from tmkd_ray.stages.knowledge import check_store, num_shards
+from tmkd_ray.stages.pretraining import OwnBank, TextTower, own_bank
 from tmkd_ray.stages.streaming import StreamedKnowledge, StreamedStore
 from tmkd_ray.stages.training import Outcome, TrainingJob, run_jobs
 from tmkd_ray.teachers import ClipTeacher, FrozenTeachers, VisualTeacher
@@ -29,17 +32,24 @@ from tmkd_ray.training.loader import BatchSource, ResidentImages
 from tmkd_ray.training.loop import TrainTask
 from tmkd_ray.training.mapped import MappedImages, MappedKnowledge, StoredRows
 from tmkd_ray.training.online import OnlineKnowledge
+from tmkd_ray.training.pretraining import PROJECTOR, PretrainingTask
 from tmkd_ray.training.student import StudentTask, labelled_positions, resident_source
 
 
 @dataclass(frozen=True)
 class TrainedStudent:
-    """A student's weights and how it came to them."""
+    """A student's weights and how it came to them.
+
+    Attributes:
+        projector: of a pre-trained student, its MLP head's file: its classifier is untrained, so it is measured
+            by zero-shot. None where the classifier was trained.
+    """
 
     method: str
     seed: int
     path: str
     outcome: Outcome
+    projector: str | None = None
 
 
 def distill(experiment: Experiment) -> list[TrainedStudent]:
@@ -48,13 +58,26 @@ def distill(experiment: Experiment) -> list[TrainedStudent]:
     Raises:
         UserError: there is no knowledge store, it lacks what a method needs, or a training diverged.
     """
-    jobs = student_jobs(experiment)
+    jobs = student_jobs(experiment, write_banks=True)
     folder = storage.join(experiment.folder, "students", identity_key(*(job.key for _, _, job in jobs)))
     outcomes = run_jobs([job for _, _, job in jobs], folder)
     return [
-        TrainedStudent(method, seed, storage.join(job.folder, "model.safetensors"), outcome)
+        _trained(experiment, method, seed, job, outcome)
         for (method, seed, job), outcome in zip(jobs, outcomes, strict=True)
     ]
+
+
+def _trained(
+    experiment: Experiment, method: str, seed: int, job: TrainingJob, outcome: Outcome
+) -> TrainedStudent:
+    is_pretrained = isinstance(experiment.config.named_methods()[method], PretrainingConfig)
+    return TrainedStudent(
+        method,
+        seed,
+        storage.join(job.folder, "model.safetensors"),
+        outcome,
+        storage.join(job.folder, PROJECTOR) if is_pretrained else None,
+    )
 
 
 def found_students(experiment: Experiment) -> list[TrainedStudent]:
@@ -65,13 +88,16 @@ def found_students(experiment: Experiment) -> list[TrainedStudent]:
     for method, seed, job in student_jobs(experiment):
         outcome = job.outcome()
         if outcome is not None:
-            path = storage.join(job.folder, "model.safetensors")
-            students.append(TrainedStudent(method, seed, path, outcome))
+            students.append(_trained(experiment, method, seed, job, outcome))
     return students
 
 
-def student_jobs(experiment: Experiment) -> list[tuple[str, int, TrainingJob]]:
-    """Describe the trainings of all methods and seeds."""
+def student_jobs(experiment: Experiment, write_banks: bool = False) -> list[tuple[str, int, TrainingJob]]:
+    """Describe the trainings of all methods and seeds.
+
+    Args:
+        write_banks: encode the class names that pre-trainings bring with them, which the workers then read.
+    """
     config = experiment.config
     store = KnowledgeStore(experiment.store_path)
     manifest = store.manifest()
@@ -94,12 +120,20 @@ def student_jobs(experiment: Experiment) -> list[tuple[str, int, TrainingJob]]:
                 f"{method} reads the column clip_embedding, which the knowledge store at {store.path} lacks: "
                 "it was computed with teacher.text null; give it a text teacher and run `tmkd knowledge` again"
             )
-    bank = None
+    bank = clip = None
     if any(distiller.needs_text_teacher for distiller in methods.values()):
-        bank = _text_bank(experiment)
+        clip = _text_teacher(experiment)
+    if clip is not None:
+        bank = text_bank_key(experiment.prompts(), experiment.task.class_names, clip.text_fingerprint)
     seeds = config.seeds or (config.training.seed,)
     jobs = []
     for method, distiller in methods.items():
+        own = None
+        if isinstance(distiller, PretrainingConfig):
+            assert clip is not None
+            own = own_bank(experiment, distiller, clip)
+            if own is not None and write_banks:
+                own.write()
         for seed in seeds:
             training = config.training.model_copy(update={"seed": seed})
             key = identity_key(
@@ -113,30 +147,38 @@ def student_jobs(experiment: Experiment) -> list[tuple[str, int, TrainingJob]]:
                 bank if distiller.needs_text_teacher else None,
                 manifest.fingerprint,
                 config.knowledge.mode,
+                *([] if own is None else [own.key]),
             )
+            build: Callable[[torch.device], TrainTask]
+            if isinstance(distiller, PretrainingConfig):
+                assert clip is not None
+                assert bank is not None
+                origin = clip.origin(config.student.model, bank)
+                build = functools.partial(
+                    _build_pretraining, experiment, distiller, training, bank, own, origin
+                )
+            else:
+                build = functools.partial(_build_student, experiment, distiller, training, bank)
             job = TrainingJob(
                 key=key,
                 label=f"{method} seed {seed}",
                 folder=storage.join(experiment.folder, "students", f"{method}-seed{seed}-{key}"),
                 training=training,
-                build=functools.partial(_build_student, experiment, distiller, training, bank),
+                build=build,
                 beside_teachers=config.knowledge.mode == "streaming",
             )
             jobs.append((method, seed, job))
     return jobs
 
 
-def _text_bank(experiment: Experiment) -> str | None:
-    """Return the key of this configuration's prompts' text bank, if there is a text teacher."""
-    clip = found_clip(experiment)
-    if clip is None:
-        if experiment.config.teacher.text is not None:
-            raise UserError(
-                "no CLIP is fitted for this configuration; run `tmkd fit-clip` and `tmkd knowledge`"
-            )
-        return None
-    text_tower = ClipTeacher.load(clip.path).text_fingerprint()
-    return text_bank_key(experiment.prompts(), experiment.task.class_names, text_tower)
+def _text_teacher(experiment: Experiment) -> TextTower | None:
+    """Return this configuration's CLIP, if there is a text teacher."""
+    found = found_clip(experiment)
+    if found is not None:
+        return TextTower(found.path)
+    if experiment.config.teacher.text is not None:
+        raise UserError("no CLIP is fitted for this configuration; run `tmkd fit-clip` and `tmkd knowledge`")
+    return None
 
 
 def _build_student(
@@ -148,7 +190,7 @@ def _build_student(
 ) -> TrainTask:
     config = experiment.config
     store = KnowledgeStore(experiment.store_path)
-    validation = with_images(experiment, store.read("validation", with_teacher=False))
+    validation = _validation(experiment, store)
     assert validation.images is not None
     source = _source(experiment, store, distiller, training, device)
     teacher_maps = None
@@ -174,10 +216,66 @@ def _build_student(
     )
 
 
+def _build_pretraining(
+    experiment: Experiment,
+    pretraining: PretrainingConfig,
+    training: TrainingConfig,
+    bank: str,
+    own: OwnBank | None,
+    origin: dict[str, str],
+    device: torch.device,
+) -> TrainTask:
+    config = experiment.config
+    store = KnowledgeStore(experiment.store_path)
+    validation = _validation(experiment, store)
+    assert validation.images is not None
+    source = _source(experiment, store, pretraining, training, device)
+    torch.manual_seed(training.seed)  # as for any student
+    return PretrainingTask(
+        build_model(config.student.model, experiment.task),
+        source,
+        validation.images,
+        validation.labels,
+        store.constants(bank),
+        pretraining,
+        config.taught_views(pretraining),
+        training,
+        config.dataset.mean,
+        config.dataset.std,
+        None if own is None else own.read(),
+        origin,
+    )
+
+
+def student_task(
+    experiment: Experiment, training: TrainingConfig, bank: str | None, device: torch.device
+) -> TrainTask:
+    """Return the training of `distiller` on a store that is known to be whole and of this configuration."""
+    distiller = experiment.config.distiller
+    if isinstance(distiller, DistillerConfig):
+        return _build_student(experiment, distiller, training, bank, device)
+    clip = _text_teacher(experiment)
+    assert clip is not None
+    assert bank is not None
+    own = own_bank(experiment, distiller, clip)
+    if own is not None:
+        own.write()
+    origin = clip.origin(experiment.config.student.model, bank)
+    return _build_pretraining(experiment, distiller, training, bank, own, origin, device)
+
+
+def _validation(experiment: Experiment, store: KnowledgeStore) -> KnowledgeArrays:
+    """Return the validation images and labels: mapped where the training's arrays are."""
+    knowledge = experiment.config.knowledge
+    if knowledge.mode == "cached" and knowledge.loader == "mapped":
+        return map_store(store, "validation", knowledge.node_copies, functools.partial(read_images, experiment))
+    return with_images(experiment, store.read("validation", with_teacher=False))
+
+
 def _source(
     experiment: Experiment,
     store: KnowledgeStore,
-    distiller: DistillerConfig,
+    distiller: ObjectiveConfig,
     training: TrainingConfig,
     device: torch.device,
 ) -> BatchSource:
@@ -231,12 +329,13 @@ def _stored_source(
     if loader == "resident":
         arrays = with_images(experiment, store.read("train", with_teacher=taught))
         return resident_source(arrays, training, config.augmentation, device, taught)
-    if layout.image_format == "reference":
+    if layout.image_format == "reference" and loader == "streaming":
         raise UserError(
             f"knowledge.loader={loader} reads the images from the store, which knowledge.images=reference "
-            "leaves out; set knowledge.loader=resident, or store the images"
+            "leaves out; set knowledge.loader=resident or mapped, or store the images"
         )
-    arrays = map_store(store, "train", config.knowledge.node_copies)
+    read = functools.partial(read_images, experiment)
+    arrays = map_store(store, "train", config.knowledge.node_copies, read)
     rows = StoredRows(arrays, training.seed, labelled_positions(arrays.ids, arrays.labels, training))
     if not taught:
         return MappedImages(rows, device, config.augmentation, training.seed)
@@ -274,8 +373,15 @@ def available_memory() -> int:
 
 def with_images(experiment: Experiment, arrays: KnowledgeArrays) -> KnowledgeArrays:
     """Return the arrays with their images: those of a store that only refers to them, read from the dataset."""
-    if arrays.images is not None:
-        return arrays
+    return arrays if arrays.images is not None else replace(arrays, images=read_images(experiment, arrays))
+
+
+def read_images(experiment: Experiment, arrays: KnowledgeArrays) -> np.ndarray:
+    """Return the images of these samples, uint8 [N, H, W, 3], read from the dataset.
+
+    Raises:
+        UserError: one that the store refers to can no longer be read.
+    """
     index = experiment.dataset.index("train")
     positions = {sample: position for position, sample in enumerate(index.ids.tolist())}
     wanted = index.take(np.array([positions[sample] for sample in arrays.ids.tolist()]))
@@ -286,7 +392,7 @@ def with_images(experiment: Experiment, arrays: KnowledgeArrays) -> KnowledgeArr
             f"{len(images.set_aside)} images that the knowledge store refers to can no longer be read; "
             f"the first, {entry.id}: {entry.reason}"
         )
-    return replace(arrays, images=images.images)
+    return images.images
 
 
 def _teachers(experiment: Experiment) -> tuple[VisualTeacher, ClipTeacher | None]:

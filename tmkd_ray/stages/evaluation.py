@@ -16,6 +16,7 @@ from ray import ObjectRef
 from torch import Tensor, nn
 
 from tmkd_ray.config import TrainingConfig
+from tmkd_ray.config.transfer import ClassificationConfig
 from tmkd_ray.datasets.base import ImageDataset, Split
 from tmkd_ray.datasets.decode import SetAside, decode_batch, list_set_aside
 from tmkd_ray.errors import UserError
@@ -26,6 +27,7 @@ from tmkd_ray.stages.distillation import TrainedStudent, found_students
 from tmkd_ray.stages.experiment import Experiment
 from tmkd_ray.stages.fitting import Fitted, found_clip, found_teacher, load_teacher
 from tmkd_ray.stages.pipeline import actors_errors, plan_dataset
+from tmkd_ray.stages.pretraining import zero_shot_student
 from tmkd_ray.stages.progress import Rate, say
 from tmkd_ray.stages.session import num_gpus
 from tmkd_ray.teachers import ClipTeacher
@@ -66,11 +68,18 @@ class Networks:
 
 @dataclass(frozen=True)
 class Measured:
-    """One network's figures on a split; its agreement is with the visual teacher, on the images as they are."""
+    """One network's figures on a split; its agreement is with the visual teacher, on the images as they are.
+
+    Attributes:
+        confusion: (label, predicted class, images), ascending; pairs that were never met are left out.
+        calibration: images, those of them that are right, and the sum of their confidences in each bin.
+    """
 
     name: str
     parameters: int
     metrics: Metrics
+    confusion: tuple[tuple[int, int, int], ...] = ()
+    calibration: tuple[tuple[int, int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,9 @@ class Evaluation:
     others: list[Measured]
 
 
-class _Classifier(nn.Module):
+class Classifier(nn.Module):
+    """uint8 [B, H, W, 3] to the logits [B, C] of a student or visual teacher."""
+
     def __init__(self, model: nn.Module, mean: ImageStatistics, std: ImageStatistics) -> None:
         super().__init__()
         self.model = model.eval()
@@ -119,7 +130,7 @@ def teacher_network(experiment: Experiment, teacher: Fitted) -> Network:
     """Load the visual teacher."""
     model = load_teacher(experiment, teacher).model
     name = f"visual teacher {experiment.config.teacher.visual.model}"
-    return Network(name, _Classifier(model, *experiment.teacher_statistics()), count_parameters(model))
+    return Network(name, Classifier(model, *experiment.teacher_statistics()), count_parameters(model))
 
 
 def clip_networks(experiment: Experiment, fitted: Fitted) -> list[Network]:
@@ -134,12 +145,16 @@ def clip_networks(experiment: Experiment, fitted: Fitted) -> list[Network]:
 
 
 def student_network(experiment: Experiment, student: TrainedStudent) -> Network:
-    """Load a trained student."""
+    """Load a trained student: one that was pre-trained, as a zero-shot classifier of the dataset's classes."""
     config = experiment.config
     model = build_model(config.student.model, experiment.task)
     load_checkpoint(model, student.path)
     name = f"{student.method} seed {student.seed}: {config.student.model}"
-    return Network(name, _Classifier(model, config.dataset.mean, config.dataset.std), count_parameters(model))
+    if student.projector is not None:
+        zero_shot = zero_shot_student(experiment, student.method, model, student.projector)
+        module = Classifier(zero_shot, config.dataset.mean, config.dataset.std)
+        return Network(f"{name}, zero-shot", module, zero_shot.student.num_parameters())
+    return Network(name, Classifier(model, config.dataset.mean, config.dataset.std), count_parameters(model))
 
 
 def found_networks(experiment: Experiment) -> Networks:
@@ -281,14 +296,27 @@ def measure(
     totals: list[Tally] = [functools.reduce(operator.add, tallies) for tallies in by_network]
     assert all(total.num_images == len(index) - len(set_aside) for total in totals)
     measured = [
-        Measured(network.name, network.parameters, total.metrics())
+        Measured(
+            network.name,
+            network.parameters,
+            total.metrics(),
+            tuple((*pair, count) for pair, count in sorted(total.confusion.items())),
+            tuple(
+                zip(
+                    total.bin_counts.tolist(),
+                    total.bin_hits.tolist(),
+                    total.bin_confidences.tolist(),
+                    strict=True,
+                )
+            ),
+        )
         for network, total in zip(networks.all(), totals, strict=True)
     ]
     teacher = None if networks.teacher is None else measured.pop(0)
     return Evaluation(split, len(index) - len(set_aside), set_aside, teacher, measured)
 
 
-def pool_size(training: TrainingConfig, num_chunks: int) -> tuple[int, float]:
+def pool_size(training: TrainingConfig | ClassificationConfig, num_chunks: int) -> tuple[int, float]:
     """Return the number of actors and the GPUs of each: as many as train, if there is work and room for them.
 
     One GPU each where the cluster has GPUs and the training may use them, none otherwise.

@@ -15,6 +15,8 @@ from tmkd_ray.datasets.base import ImageDataset, SampleIndex
 from tmkd_ray.datasets.splits import split_train
 from tmkd_ray.errors import UserError
 from tmkd_ray.models import build_model
+from tmkd_ray.models.view_batch_norm import use_view_statistics
+from tmkd_ray.pretraining.lgd import LGDConfig, read_bank_classes
 from tmkd_ray.settings import ImageStatistics
 from tmkd_ray.teachers import ClipTeacher, VisualTeacher
 from tmkd_ray.types import TaskSpec
@@ -144,10 +146,9 @@ def check_visual_teacher(experiment: Experiment) -> None:
     visual = experiment.config.teacher.visual
     mean, std = experiment.teacher_statistics()
     try:
-        if visual.checkpoint is None:
-            VisualTeacher(build_model(visual.model, experiment.task), mean, std)
-        else:
-            VisualTeacher.load(visual.model, experiment.task, visual.checkpoint, mean, std)
+        teacher = VisualTeacher.load(visual.model, experiment.task, visual.checkpoint, mean, std)
+        if visual.has_view_statistics:
+            use_view_statistics(teacher.model, len(experiment.config.views))
     except UserError as error:
         raise UserError(f"teacher.visual: {error}") from error
 
@@ -155,9 +156,18 @@ def check_visual_teacher(experiment: Experiment) -> None:
 def check_text_teacher(experiment: Experiment) -> None:
     """Load the CLIP that the configuration names, if any, before a cluster is asked to.
 
+    And read the class names of the methods' own text banks.
+
     Raises:
-        UserError: it cannot be found or is not a CLIP.
+        UserError: it cannot be found or is not a CLIP; or a file of class names cannot be read or holds none.
     """
+    for name, method in experiment.config.named_methods().items():
+        if isinstance(method, LGDConfig) and method.bank_classes is not None:
+            try:
+                read_bank_classes(method.bank_classes)
+            except UserError as error:
+                where = f"methods.{name}" if experiment.config.methods else "distiller"
+                raise UserError(f"{where}.{error}") from error
     text = experiment.config.teacher.text
     if text is None or text.model is None:
         return

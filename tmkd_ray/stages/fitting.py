@@ -1,37 +1,61 @@
 """Fit the teachers, or load those that the configuration names."""
 
 import functools
+import tempfile
+import time
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import ray
 import torch
 
 from tmkd_ray import storage
+from tmkd_ray.config import VisualTeacherConfig
 from tmkd_ray.datasets.decode import load_images
 from tmkd_ray.models import build_model
+from tmkd_ray.models.view_batch_norm import use_view_statistics
 from tmkd_ray.stages.experiment import Experiment, identity_key, training_identity
-from tmkd_ray.stages.training import Outcome, TrainingJob, run_jobs
+from tmkd_ray.stages.pipeline import actors_errors
+from tmkd_ray.stages.progress import say
+from tmkd_ray.stages.session import num_gpus
+from tmkd_ray.stages.training import Outcome, TrainingJob, device_name, run_jobs
 from tmkd_ray.teachers import ClipTeacher, VisualTeacher
+from tmkd_ray.teachers.pixels import Normalize
 from tmkd_ray.training.clip import ClipTask
+from tmkd_ray.training.context import PlainContext
 from tmkd_ray.training.loop import TrainTask
-from tmkd_ray.training.teacher import TeacherTask
+from tmkd_ray.training.teacher import TeacherTask, adapt_statistics
 from tmkd_ray.views.base import View
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """Where a teacher's weights lie, and how they were fitted (None: they were given)."""
+    """Where a teacher's weights lie, and how they were fitted (None: they were given).
+
+    Attributes:
+        given: what was fitted further here, path or name; None if that began with nothing.
+    """
 
     path: str
     outcome: Outcome | None
+    given: str | None = None
 
     @property
     def source(self) -> str:
-        return "fitted here" if self.outcome is not None else self.path.rstrip("/").rsplit("/", 1)[-1]
+        name = (self.given or self.path).rstrip("/").rsplit("/", 1)[-1]
+        if self.outcome is None:
+            return name
+        return "fitted here" if self.given is None else f"{name}, adapted to the views here"
 
 
 def fit_teacher(experiment: Experiment) -> Fitted:
-    """Return the visual teacher's checkpoint: the configured one, or one fitted here (once)."""
-    if experiment.config.teacher.visual.checkpoint is None:
+    """Return the visual teacher's checkpoint: the configured one, or one fitted or adapted here (once)."""
+    visual = experiment.config.teacher.visual
+    if visual.adapt == "statistics":
+        _estimate_once(experiment, teacher_job(experiment))
+    elif visual.is_fitted:
         job = teacher_job(experiment)
         run_jobs([job], job.folder)
     teacher = found_teacher(experiment)
@@ -51,11 +75,13 @@ def fit_clip(experiment: Experiment) -> Fitted | None:
 def found_teacher(experiment: Experiment) -> Fitted | None:
     """Return the visual teacher if it is there, without fitting one."""
     visual = experiment.config.teacher.visual
-    if visual.checkpoint is not None:
-        return Fitted(visual.checkpoint, None)
+    given = (visual.checkpoint or visual.model) if visual.is_given else None
+    if not visual.is_fitted:
+        assert given is not None
+        return Fitted(given, None)
     job = teacher_job(experiment)
     outcome = job.outcome()
-    return None if outcome is None else Fitted(storage.join(job.folder, "model.safetensors"), outcome)
+    return None if outcome is None else Fitted(storage.join(job.folder, "model.safetensors"), outcome, given)
 
 
 def found_clip(experiment: Experiment) -> Fitted | None:
@@ -76,13 +102,17 @@ def load_teacher(experiment: Experiment, fitted: Fitted) -> VisualTeacher:
     Raises:
         UserError: they do not fit the model or the number of classes.
     """
+    visual = experiment.config.teacher.visual
     mean, std = experiment.teacher_statistics()
-    return VisualTeacher.load(experiment.config.teacher.visual.model, experiment.task, fitted.path, mean, std)
+    checkpoint = visual.checkpoint if fitted.outcome is None else fitted.path
+    num_views = len(experiment.config.views) if visual.has_view_statistics else None
+    return VisualTeacher.load(visual.model, experiment.task, checkpoint, mean, std, num_views)
 
 
 def _teacher_views(experiment: Experiment) -> dict[str, View]:
     views = experiment.views()
-    if experiment.config.teacher.visual.fit_views:
+    visual = experiment.config.teacher.visual
+    if visual.adapt != "none" or visual.fit_views:
         return views
     first = next(iter(views))
     return {first: views[first]}
@@ -95,18 +125,84 @@ def teacher_job(experiment: Experiment) -> TrainingJob:
         "teacher",
         visual.model,
         experiment.teacher_statistics(),
-        training_identity(visual.fit),
+        _statistics_identity(visual) if visual.adapt == "statistics" else training_identity(visual.fit),
         experiment.config.augmentation.model_dump(mode="json", exclude_none=True),
         experiment.view_identity(_teacher_views(experiment)),
         experiment.data_identity(),
+        *([list(experiment.config.views)] if visual.has_view_statistics else []),
+        *([given_teacher(experiment).fingerprint()] if visual.is_given else []),
     )
     return TrainingJob(
         key=key,
-        label=f"visual teacher {visual.model}",
+        label=f"visual teacher {visual.model}" + ("" if visual.adapt == "none" else ", adapted to the views"),
         folder=storage.join(experiment.folder, f"teacher-{key}"),
         training=visual.fit,
         build=functools.partial(_build_teacher, experiment),
     )
+
+
+def _statistics_identity(visual: VisualTeacherConfig) -> dict[str, Any]:
+    return {"adapt": "statistics", "images": visual.adapt_images, "seed": visual.fit.seed}
+
+
+def given_teacher(experiment: Experiment) -> VisualTeacher:
+    """Load the visual teacher that is given, before it is adapted to the views.
+
+    Raises:
+        UserError: its weights do not fit the model or the number of classes.
+    """
+    visual = experiment.config.teacher.visual
+    assert visual.is_given
+    mean, std = experiment.teacher_statistics()
+    return VisualTeacher.load(visual.model, experiment.task, visual.checkpoint, mean, std)
+
+
+def _estimate_once(experiment: Experiment, job: TrainingJob) -> None:
+    """Estimate the given teacher's statistics of each view, unless that was done, on one worker."""
+    if job.outcome() is not None:
+        say(f"{job.label}: done before, kept ({job.folder})")
+        return
+    say(f"{job.label}: batch-norm statistics of {', '.join(experiment.config.views)}")
+    use_gpu = num_gpus() >= 1 and experiment.config.teacher.visual.fit.use_gpu is not False
+
+    def estimate() -> str:
+        return _estimate(experiment, job, torch.device("cuda" if use_gpu else "cpu"))
+
+    remote = ray.remote(num_cpus=1, num_gpus=int(use_gpu), max_retries=3)(estimate)
+    with actors_errors():
+        say(ray.get(remote.remote()))
+
+
+def _estimate(experiment: Experiment, job: TrainingJob, device: torch.device) -> str:
+    """Write weights and outcome of a teacher with statistics of each view; return a line for the user."""
+    visual = experiment.config.teacher.visual
+    started = time.monotonic()
+    chosen = np.random.default_rng(visual.fit.seed).permutation(len(experiment.train))[: visual.adapt_images]
+    train = load_images(experiment.dataset, "train", experiment.train.take(np.sort(chosen)))
+    validation = load_images(experiment.dataset, "train", experiment.validation)
+    mean, std = experiment.teacher_statistics()
+    model = given_teacher(experiment).model.to(device)
+    augmentation, views = experiment.config.augmentation, experiment.views()
+    normalize = Normalize(mean, std).to(device)
+    adapt_statistics(model, train, views, augmentation, normalize, visual.fit.seed, device)
+    task = TeacherTask(model, train, validation, views, visual.fit, augmentation, mean, std)
+    task.module.to(device)
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        metrics = task.validate(PlainContext(Path(folder), device))
+    task.save(job.folder, {name: value.cpu() for name, value in model.state_dict().items()})
+    outcome = Outcome(
+        key=job.key,
+        best_epoch=0,
+        validation_accuracy=metrics["accuracy"],
+        parameters=task.num_parameters(),
+        seconds=time.monotonic() - started,
+        num_workers=1,
+        device=device_name(device),
+        history=[],
+    )
+    storage.write_bytes(storage.join(job.folder, "outcome.json"), outcome.model_dump_json(indent=1).encode())
+    listed = ", ".join(f"{name} {100 * metrics[f'{name}_accuracy']:.1f} %" for name in views)
+    return f"{job.label}: accuracy on validation: {listed}"
 
 
 def clip_job(experiment: Experiment) -> TrainingJob:
@@ -135,8 +231,14 @@ def clip_job(experiment: Experiment) -> TrainingJob:
 def _build_teacher(experiment: Experiment, device: torch.device) -> TrainTask:
     visual = experiment.config.teacher.visual
     mean, std = experiment.teacher_statistics()
+    if visual.is_given:
+        model = given_teacher(experiment).model.requires_grad_(True).train()
+    else:
+        model = build_model(visual.model, experiment.task)
+    if visual.has_view_statistics:
+        use_view_statistics(model, len(experiment.config.views))
     return TeacherTask(
-        build_model(visual.model, experiment.task),
+        model,
         load_images(experiment.dataset, "train", experiment.train),
         load_images(experiment.dataset, "train", experiment.validation),
         _teacher_views(experiment),

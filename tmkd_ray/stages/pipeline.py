@@ -14,7 +14,8 @@ from tmkd_ray.errors import UserError
 from tmkd_ray.knowledge import KnowledgeLayout
 from tmkd_ray.knowledge.compute import ClipStage, VisualStage
 from tmkd_ray.stages.experiment import Experiment
-from tmkd_ray.stages.session import num_gpus
+from tmkd_ray.stages.room import Bundle, NodeKind, node_mark, wait_for_room
+from tmkd_ray.stages.session import cluster_settings, num_gpus
 from tmkd_ray.teachers import ClipTeacher, VisualTeacher
 
 
@@ -73,9 +74,38 @@ def teacher_stages(
         dataset: one block of one row for each shard or piece.
         view_actor: class of the view pool's actors, built from `view_arguments`.
         gpus_taken: share of a GPU that each worker of the training beside it holds.
+
+    Raises:
+        UserError: the cluster has no room for the pools at their smallest.
     """
+    pools: list[tuple[str, PoolConfig, float, NodeKind]] = [
+        ("knowledge.views", config.knowledge.views, 0.0, "views")
+    ]
+    shares = _gpu_shares(config.knowledge, clip is not None, gpus_taken)
+    pools.append(("knowledge.visual", config.knowledge.visual, shares[0], "teacher"))
+    if clip is not None:
+        pools.append(("knowledge.text", config.knowledge.text, shares[1], "teacher"))
+    wait_for_pools(pools)
     dataset = view_stage(dataset, view_actor, view_arguments, config.knowledge.views)
     return teachers_of_views(dataset, config.knowledge, visual, clip, layouts, gpus_taken)
+
+
+def wait_for_pools(pools: Sequence[tuple[str, PoolConfig, float, NodeKind]]) -> None:
+    """Wait for room for pools at their smallest; a cluster that autoscales is asked for all of them at once.
+
+    Args:
+        pools: (path in the configuration, the pool, GPU share of an actor, where it runs).
+    """
+    needed: list[tuple[str, Bundle]] = []
+    wanted: list[tuple[str, Bundle]] = []
+    for name, pool, gpus, kind in pools:
+        asked = {"CPU": pool.num_cpus, "GPU": gpus, **node_mark(kind)}
+        bundle = {resource: amount for resource, amount in asked.items() if amount}
+        if bundle:
+            needed += [(name, bundle)] * pool.min_size
+            wanted += [(name, bundle)] * (pool.max_size - pool.min_size)
+    if needed:
+        wait_for_room(needed, wanted)
 
 
 @contextlib.contextmanager
@@ -94,14 +124,15 @@ def plan_dataset(tables: Sequence[pa.Table]) -> ray.data.Dataset:
     context.target_max_block_size = None  # a shard is one row and must not be cut
     context.enable_progress_bars = False
     context.raise_original_map_exception = True  # so that a UserError of an actor arrives as one
-    return ray.data.from_arrow(list(tables))
+    # `from_arrow` runs a task of one CPU for each, for which a growing cluster would start nodes of any kind.
+    return ray.data.from_blocks(list(tables))
 
 
 def view_stage(
     dataset: ray.data.Dataset, actor: type, arguments: tuple[Any, ...], pool: PoolConfig
 ) -> ray.data.Dataset:
     """Return the dataset of plans, mapped through the view pool."""
-    return dataset.map_batches(actor, fn_constructor_args=arguments, **_pool(pool, 0.0))
+    return dataset.map_batches(actor, fn_constructor_args=arguments, **_pool(pool, 0.0, "views"))
 
 
 def teachers_of_views(
@@ -118,10 +149,9 @@ def teachers_of_views(
     ]
     if clip is not None:
         teachers.append((_ClipActor, clip, pools.text))
-    share = gpu_share([pool for _, _, pool in teachers], gpus_taken)
-    for number, (actor, model, pool) in enumerate(teachers):
-        gpus = share if pool.num_gpus is None else pool.num_gpus
-        device = "cuda" if gpus > 0 else "cpu"
+    shares = _gpu_shares(pools, clip is not None, gpus_taken)
+    for number, ((actor, model, pool), gpus) in enumerate(zip(teachers, shares, strict=True)):
+        device = _device(gpus)
         last = number == len(teachers) - 1
         arguments = (
             [ray.put(model)],
@@ -133,8 +163,19 @@ def teachers_of_views(
             pool.compile,
             last,
         )
-        dataset = dataset.map_batches(actor, fn_constructor_args=arguments, **_pool(pool, gpus))
+        dataset = dataset.map_batches(actor, fn_constructor_args=arguments, **_pool(pool, gpus, "teacher"))
     return dataset
+
+
+def _gpu_shares(pools: KnowledgeConfig, with_clip: bool, taken: Sequence[float]) -> list[float]:
+    """Return the share of a GPU for each actor of the visual teacher's pool, and of CLIP's if there is one."""
+    teachers = [pools.visual, pools.text] if with_clip else [pools.visual]
+    share = gpu_share(teachers, taken)
+    return [share if pool.num_gpus is None else pool.num_gpus for pool in teachers]
+
+
+def _device(gpus: float) -> str:
+    return "cuda" if gpus > 0 else "cpu"
 
 
 def write_stage(
@@ -153,15 +194,21 @@ def write_stage(
     return dataset.map_batches(write, batch_size=1, batch_format="pyarrow", num_cpus=0.25, compute=compute)
 
 
-def _pool(pool: PoolConfig, gpus: float) -> dict[str, Any]:
+def _pool(pool: PoolConfig, gpus: float, kind: NodeKind) -> dict[str, Any]:
     """Return the options of `map_batches` for a pool; one batch is one shard, which is one row."""
+    # Ray Data adds an actor where it sees room for one, and on a cluster that is to grow it sees none (its
+    # issue 59144). Actors that wait make the autoscaler start their nodes, all at once.
+    initial = pool.max_size if cluster_settings().autoscaling else pool.min_size
     return {
         "batch_size": 1,
         "batch_format": "pyarrow",
         "zero_copy_batch": True,
         "num_cpus": pool.num_cpus,
         "num_gpus": gpus or None,
-        "compute": ray.data.ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size),
+        "resources": node_mark(kind) or None,
+        "compute": ray.data.ActorPoolStrategy(
+            min_size=pool.min_size, max_size=pool.max_size, initial_size=initial
+        ),
     }
 
 
@@ -172,13 +219,17 @@ def gpu_share(pools: list[TeacherPoolConfig], taken: Sequence[float] = ()) -> fl
         taken: share of a GPU that each training worker beside them holds; no two of them on one GPU.
     """
     gpus = num_gpus()
-    asking = sum(pool.min_size for pool in pools if pool.num_gpus is None)
+
+    def size(pool: TeacherPoolConfig) -> int:
+        return pool.max_size if cluster_settings().autoscaling else pool.min_size
+
+    asking = sum(size(pool) for pool in pools if pool.num_gpus is None)
     if gpus <= 0 or asking == 0:
         return 0.0
     if taken and max(taken) < 1.0:  # what a worker leaves of each GPU
         per_gpu = math.ceil(asking / math.floor(gpus))
         return math.floor(100 * (1.0 - max(taken)) / per_gpu + 1e-9) / 100
-    available = gpus - sum(taken) - sum(pool.min_size * (pool.num_gpus or 0.0) for pool in pools)
+    available = gpus - sum(taken) - sum(size(pool) * (pool.num_gpus or 0.0) for pool in pools)
     if available <= 0:
         return 0.0
     if available < 1:

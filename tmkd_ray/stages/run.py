@@ -12,14 +12,16 @@ import numpy as np
 import torch
 
 from tmkd_ray import __version__, storage
+from tmkd_ray.analysis_record import analysis_path
+from tmkd_ray.config import ObjectiveConfig, resolve_objective
 from tmkd_ray.datasets.splits import few_labels
-from tmkd_ray.fusion import TeachingSignal
 from tmkd_ray.knowledge.quality import TeacherQuality, measure_quality
-from tmkd_ray.objective import DistillerConfig
-from tmkd_ray.report.html import ViewGallery, write_report
+from tmkd_ray.pretraining import PretrainingConfig
+from tmkd_ray.report.html import write_report
 from tmkd_ray.report.table import format_table
 from tmkd_ray.results import (
     ClipRecord,
+    CostRecord,
     DatasetRecord,
     KnowledgeRecord,
     MethodRecord,
@@ -28,7 +30,8 @@ from tmkd_ray.results import (
     TeacherRecord,
     TrainingRecord,
 )
-from tmkd_ray.stages.distillation import TrainedStudent, distill, with_images
+from tmkd_ray.stages.analysis import analyse
+from tmkd_ray.stages.distillation import TrainedStudent, distill
 from tmkd_ray.stages.evaluation import Measured, Networks, measure, student_network, teacher_network
 from tmkd_ray.stages.experiment import Experiment
 from tmkd_ray.stages.fitting import Fitted, fit_clip, fit_teacher
@@ -41,6 +44,9 @@ _LABELS = {
     "alone": "student alone",
     "kd": "KD, plain teacher",
     "tmkd": "TMKD, text-guided fused teacher",
+    "lgd": "LGD",
+    "seed": "SEED",
+    "embedding": "embedding MSE",
 }
 """Of methods that are exactly a preset; others are called by their names."""
 
@@ -75,11 +81,16 @@ def run(experiment: Experiment, stem: str | None = None) -> RunResults:
     assert test.teacher is not None
 
     config = experiment.config
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    fused = _fused_distiller(experiment)
+    findings = timed(
+        "analysis", lambda: analyse(experiment, knowledge, fused, networks, students, test, created)
+    )
     set_aside = [SetAsideImage(**entry) for entry in knowledge.manifest.set_aside]
     set_aside += [SetAsideImage(id=entry.id, reason=entry.reason) for entry in test.set_aside]
     results = RunResults(
         name=config.name,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=created,
         dataset=DatasetRecord(
             name=config.dataset.name,
             class_names=list(experiment.task.class_names),
@@ -90,37 +101,38 @@ def run(experiment: Experiment, stem: str | None = None) -> RunResults:
             image_size=config.dataset.image_size,
             set_aside=set_aside,
         ),
-        teacher=_teacher_record(experiment, teacher, test.teacher, quality),
+        teacher=_teacher_record(experiment, teacher, test.teacher, quality, findings.costs.get("teacher")),
         clip=None if clip is None else _clip_record(clip, knowledge, quality),
         knowledge=_knowledge_record(experiment, knowledge),
-        methods=_method_records(experiment, students, test.others),
+        methods=_method_records(experiment, students, test.others, findings.costs.get("student")),
         semantic_weights=None if clip is None else quality.weights_per_class,
         stage_seconds=seconds,
         config=config.model_dump(mode="json"),
-        versions=_versions(),
+        versions=versions(),
         hardware=_hardware(),
-        notes=_notes(experiment, teacher),
+        notes=_notes(experiment),
     )
     results_path = storage.join(experiment.folder, f"{stem or 'results'}.json")
     report_path = storage.join(experiment.folder, f"{stem or 'report'}.html")
+    findings.analysis.save(analysis_path(results_path))
     results.save(results_path)
-    write_report(report_path, results, _gallery(experiment, knowledge))
+    write_report(report_path, results, findings.analysis)
     say(f"results: {results_path}\nreport:  {report_path}")
     print(format_table(results), flush=True)
     return results
 
 
-def _fused_distiller(experiment: Experiment) -> DistillerConfig:
+def _fused_distiller(experiment: Experiment) -> ObjectiveConfig:
     """Return the distiller whose fusion the report shows: the first one trained that fuses, if any."""
     trained = experiment.config.named_methods().values()
     fusing = (distiller for distiller in trained if distiller.teacher == "fused")
     return next(fusing, experiment.config.distiller)
 
 
-def _label(method: str, distiller: DistillerConfig) -> str:
-    if method in _LABELS and distiller == DistillerConfig.model_validate(method):
-        return _LABELS[method]
-    return method
+def _label(method: str, distiller: ObjectiveConfig) -> str:
+    is_preset = method in _LABELS and distiller == resolve_objective(method)
+    label = _LABELS[method] if is_preset else method
+    return f"{label}, zero-shot" if isinstance(distiller, PretrainingConfig) else label
 
 
 def _quality(experiment: Experiment, knowledge: KnowledgeResult) -> TeacherQuality:
@@ -144,7 +156,11 @@ def _quality(experiment: Experiment, knowledge: KnowledgeResult) -> TeacherQuali
 
 
 def _teacher_record(
-    experiment: Experiment, teacher: Fitted, test: Measured, quality: TeacherQuality
+    experiment: Experiment,
+    teacher: Fitted,
+    test: Measured,
+    quality: TeacherQuality,
+    cost: CostRecord | None,
 ) -> TeacherRecord:
     outcome = teacher.outcome
     return TeacherRecord.model_validate(
@@ -160,6 +176,7 @@ def _teacher_record(
             "fused_validation_accuracy": quality.fused,
             "history": [] if outcome is None else outcome.history,
             "seconds": None if outcome is None else outcome.seconds,
+            "cost": cost,
         }
     )
 
@@ -197,7 +214,7 @@ def _knowledge_record(experiment: Experiment, knowledge: KnowledgeResult) -> Kno
 
 
 def _method_records(
-    experiment: Experiment, students: list[TrainedStudent], measured: list[Measured]
+    experiment: Experiment, students: list[TrainedStudent], measured: list[Measured], cost: CostRecord | None
 ) -> list[MethodRecord]:
     records: dict[str, list[TrainingRecord]] = {}
     for student, test in zip(students, measured, strict=True):
@@ -223,43 +240,19 @@ def _method_records(
     distillers = experiment.config.named_methods()
     model = experiment.config.student.model
     return [
-        MethodRecord(name=method, label=_label(method, distillers[method]), student=model, runs=runs)
+        MethodRecord(
+            name=method,
+            label=_label(method, distillers[method]),
+            student=model,
+            measured_by="zero-shot" if isinstance(distillers[method], PretrainingConfig) else "classifier",
+            runs=runs,
+            cost=cost,
+        )
         for method, runs in records.items()
     ]
 
 
-def _gallery(experiment: Experiment, knowledge: KnowledgeResult, count: int = 8) -> ViewGallery:
-    """Show validation images of several classes through every view, with their semantic weights."""
-    arrays = with_images(experiment, knowledge.store.read("validation"))
-    assert arrays.images is not None
-    _, first = np.unique(arrays.labels, return_index=True)
-    rows = first[np.linspace(0, len(first) - 1, min(count, len(first))).astype(int)]
-    images_NHWC = np.ascontiguousarray(arrays.images[rows])
-    views = experiment.views()
-    names = experiment.task.class_names
-    weights_NV = None
-    if arrays.clip_embedding is not None:
-        distiller = _fused_distiller(experiment)
-        taught = experiment.config.taught_views(distiller)
-        signal = TeachingSignal(
-            knowledge.constants(),
-            taught,
-            distiller.weighting,
-            distiller.fusion_temperature,
-            distiller.clip_temperature,
-        )
-        output = signal(arrays.knowledge(rows), torch.from_numpy(arrays.labels[rows]))
-        weights_NV = np.zeros((len(rows), len(views)), dtype=np.float32)
-        weights_NV[:, [list(views).index(view) for view in taught]] = output.view_weights.numpy()
-    return ViewGallery(
-        images=np.stack([view(images_NHWC) for view in views.values()], axis=1),
-        view_names=tuple(views),
-        labels=tuple(names[label] for label in arrays.labels[rows]),
-        weights=weights_NV,
-    )
-
-
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     packages = ("ray", "torch", "torchvision", "transformers", "numpy", "opencv-python-headless", "pyarrow")
     return {"tmkd-ray": __version__, "python": platform.python_version()} | {
         name: version(name) for name in packages
@@ -304,16 +297,27 @@ def _num_labelled(experiment: Experiment, knowledge: KnowledgeResult) -> int | N
     return len(few_labels(readable, per_class, experiment.config.training.seed))
 
 
-def _notes(experiment: Experiment, teacher: Fitted) -> list[str]:
+def _notes(experiment: Experiment) -> list[str]:
     config = experiment.config
     notes = [
         "The epoch kept is chosen on the validation part of train; the test images are read once, at the end.",
     ]
-    if teacher.outcome is None:
+    if config.teacher.visual.is_given:
         notes.append(
             "The visual teacher was given: if it was trained on all of train, it has seen the validation "
             "images, and its figures on them, those of the views and their fusion too, flatter it."
         )
+    if any(isinstance(method, PretrainingConfig) for method in config.named_methods().values()):
+        notes.append(
+            "Methods marked zero-shot have no trained classifier: their accuracy, on every split, is that of "
+            "the student's embedding compared with the class names' text embeddings. Labels took part in "
+            "choosing the epoch on the validation part alone."
+        )
+        if config.teacher.text is not None and config.teacher.text.model is None:
+            notes.append(
+                "The CLIP was fitted here, on the training images with captions made of their labels: what "
+                "zero-shot students learn from it is label-free at second hand only."
+            )
     if config.training.labels_per_class is not None:
         notes.append(
             f"Students see {config.training.labels_per_class} labelled images a class, drawn anew for each "

@@ -9,24 +9,33 @@ from collections.abc import Iterator
 import ray
 from ray._private import ray_constants
 
-from tmkd_ray.config import ExperimentConfig
+from tmkd_ray.config import ClusterConfig, ExperimentConfig
+
+_settings = ClusterConfig()
+"""Of the cluster this process is connected to; as global as that connection."""
 
 
-@contextlib.contextmanager
-def ray_session(config: ExperimentConfig) -> Iterator[None]:
+def ray_session(config: ExperimentConfig) -> contextlib.AbstractContextManager[None]:
     """Be connected to Ray within: the cluster of the job we run in, one named in the config, or a local one.
 
     A Ray that was there before is left as it was; a local one started here ends with the block.
     """
+    return cluster_session(config.cluster, _logical_cpus(config))
+
+
+@contextlib.contextmanager
+def cluster_session(cluster: ClusterConfig, local_cpus: int) -> Iterator[None]:
+    """The same; a local Ray counts `local_cpus` CPUs where the configuration does not say."""
+    use_cluster_settings(cluster)
     if ray.is_initialized():
         yield
         return
     in_job = "RAY_ADDRESS" in os.environ or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    if in_job or config.cluster.address is not None:
+    if in_job or cluster.address is not None:
         with _native_stderr_closed():
-            ray.init(address=config.cluster.address or "auto", logging_level="error", log_to_driver=False)
+            ray.init(address=cluster.address or "auto", logging_level="error", log_to_driver=False)
     else:
-        start_local_ray(config.cluster.num_cpus or _logical_cpus(config))
+        start_local_ray(cluster.num_cpus or local_cpus)
     try:
         yield
     finally:
@@ -76,6 +85,17 @@ def _native_stderr_closed() -> Iterator[None]:
         os.close(kept)
 
 
+def cluster_settings() -> ClusterConfig:
+    """Return what the configuration says of the cluster that this process is connected to."""
+    return _settings
+
+
+def use_cluster_settings(settings: ClusterConfig) -> None:
+    """Let `cluster_settings` return this; for the workers of a training, which `ray_session` does not see."""
+    global _settings
+    _settings = settings
+
+
 def num_gpus() -> float:
-    """Return the number of GPUs the cluster has now."""
-    return float(ray.cluster_resources().get("GPU", 0))
+    """Return the number of GPUs the cluster has now, or can grow to if it is said to autoscale."""
+    return max(float(ray.cluster_resources().get("GPU", 0)), float(cluster_settings().max_gpus or 0))

@@ -24,6 +24,7 @@ from tmkd_ray.stages.pipeline import (
     teacher_stages,
     view_stage,
     view_stage_options,
+    wait_for_pools,
 )
 from tmkd_ray.teachers import ClipTeacher, VisualTeacher
 from tmkd_ray.training.loader import Batch, BatchSource
@@ -200,4 +201,5 @@ class StreamedStore(StreamedSource):
             self.training.seed,
             [ray.put(self.rows.positions)],
         )
+        wait_for_pools([("knowledge.views", self.pool, 0.0, "views")])
         return view_stage(dataset, _ReaderActor, arguments, self.pool)

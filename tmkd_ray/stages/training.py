@@ -22,7 +22,8 @@ from tmkd_ray.errors import UserError
 from tmkd_ray.results import EpochRecord
 from tmkd_ray.settings import Settings
 from tmkd_ray.stages.progress import progress_channel, say
-from tmkd_ray.stages.session import num_gpus
+from tmkd_ray.stages.room import node_mark, wait_for_room
+from tmkd_ray.stages.session import cluster_settings, num_gpus, use_cluster_settings
 from tmkd_ray.training.context import WorkerContext
 from tmkd_ray.training.loop import TrainTask, train
 
@@ -170,6 +171,12 @@ def run_jobs(jobs: Sequence[TrainingJob], folder: str) -> list[Outcome]:
 def _fit(jobs: Sequence[TrainingJob], folder: str) -> None:
     training = jobs[0].training
     num_workers, use_gpu = _workers(training)
+    resources = {"CPU": training.num_cpus_per_worker, **node_mark("train")}
+    if use_gpu:
+        resources["GPU"] = _gpu_share(jobs[0], num_workers)
+    fewest, most = (num_workers, num_workers) if isinstance(num_workers, int) else num_workers
+    worker = (f"a worker of {jobs[0].label}", resources)
+    wait_for_room([worker] * fewest, [worker] * (most - fewest))
     checkpoints = storage.join(folder, _CHECKPOINTS)
     _drop_broken_snapshot(checkpoints)
     # Ray by itself knows fewer URIs, and waits for them as long as it takes.
@@ -182,14 +189,12 @@ def _fit(jobs: Sequence[TrainingJob], folder: str) -> None:
                 "channel": channel,
                 "started": time.time(),
                 "checkpoints": checkpoints,
+                "cluster": cluster_settings(),
             },
             scaling_config=ray.train.ScalingConfig(
                 num_workers=num_workers,
                 use_gpu=use_gpu,
-                resources_per_worker={
-                    "CPU": training.num_cpus_per_worker,
-                    **({"GPU": _gpu_share(jobs[0], num_workers)} if use_gpu else {}),
-                },
+                resources_per_worker=resources,
             ),
             # The same name and place: started again after a crash, it goes on from the last checkpoint.
             run_config=ray.train.RunConfig(
@@ -261,6 +266,7 @@ def _gpu_share(job: TrainingJob, num_workers: int | tuple[int, int]) -> float:
 
 def _worker(loop_config: dict[str, Any]) -> None:
     """What each Ray Train worker runs: the jobs that are not finished, in turn."""
+    use_cluster_settings(loop_config["cluster"])
     context = RayTrainContext(loop_config["channel"], loop_config["checkpoints"])
     if ray.get(context.channel.refused.remote()) is not None:
         return  # started again after an error that would come again
@@ -270,8 +276,10 @@ def _worker(loop_config: dict[str, Any]) -> None:
     )
     jobs: list[TrainingJob] = loop_config["jobs"]
     try:
-        for job in jobs:
+        for number, job in enumerate(jobs, 1):
             if job.outcome() is None:
+                if len(jobs) > 1:
+                    context.say(f"training {number} of {len(jobs)}: {job.label}")
                 _train_job(job, context)
     except UserError as error:
         # Raised all the same, so that the other workers do not wait for this one.

@@ -1,4 +1,4 @@
-"""CLIP, the text teacher: Radford et al. 2021, arXiv 2103.00020, in transformers' format."""
+"""CLIP (or SigLIP), the text teacher: Radford et al. 2021, arXiv 2103.00020, in transformers' format."""
 
 import contextlib
 import itertools
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tmkd_ray import storage
 from tmkd_ray.errors import UserError
 from tmkd_ray.settings import ImageStatistics
+from tmkd_ray.teachers.passes import count_pass
 from tmkd_ray.teachers.pixels import Normalize, weights_fingerprint
 
 MAX_TOKENS = 77
@@ -45,11 +46,26 @@ def _tensor(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
+def _is_siglip(config: Any) -> bool:
+    return str(config.model_type).startswith("siglip")
+
+
+def _embedding_width(config: Any) -> int:
+    """Return E, as CLIP or SigLIP tells it; 0 if the configuration is of neither."""
+    if _is_siglip(config):
+        return int(getattr(config.text_config, "projection_size", 0))
+    return int(getattr(config, "projection_dim", 0))
+
+
 class ClipTeacher(nn.Module):
     """A CLIP model with its tokenizer and image preprocessing.
 
+    SigLIP (Zhai et al. 2023, arXiv 2303.15343) will do as well: the cosines are all that is used of it. Its own
+    sigmoid is not; what is softened by a softmax has its logit scale without the bias, which cancels.
+
     Args:
-        model: transformers' CLIPModel, or one with the same `get_image_features` and `get_text_features`.
+        model: transformers' CLIPModel or SiglipModel, or one with the same `get_image_features` and
+            `get_text_features`.
         image_size: input height and width, in pixels.
         mean, std: of its image preprocessing.
     """
@@ -89,7 +105,7 @@ class ClipTeacher(nn.Module):
                 f"teacher.text.model: cannot load a CLIP from the {where} {name_or_folder!r}: {error}"
             ) from error
         needed = ("get_image_features", "get_text_features", "logit_scale")
-        if not all(hasattr(model, name) for name in needed) or not hasattr(model.config, "projection_dim"):
+        if not all(hasattr(model, name) for name in needed) or not _embedding_width(model.config):
             raise UserError(f"teacher.text.model: {name_or_folder!r} is a {type(model).__name__}, not a CLIP")
         if loading["missing_keys"]:
             raise UserError(
@@ -169,7 +185,7 @@ class ClipTeacher(nn.Module):
 
     @property
     def embedding_width(self) -> int:
-        return int(self.model.config.projection_dim)
+        return _embedding_width(self.model.config)
 
     @property
     def temperature(self) -> float:
@@ -191,6 +207,7 @@ class ClipTeacher(nn.Module):
 
     def encode_images(self, images_BHWC: Tensor) -> Tensor:
         """Return float32 [B, E], unit length, of uint8 images (resized to the model's input size)."""
+        count_pass()
         images = self.normalize(images_BHWC)
         if images.shape[-1] != self.image_size:
             images = F.interpolate(
@@ -200,15 +217,26 @@ class ClipTeacher(nn.Module):
         return F.normalize(embedding_BE, dim=1)
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Return `input_ids` and `attention_mask`, [len(texts), tokens], padded to the longest."""
+        """Return `input_ids` and `attention_mask`, [len(texts), tokens], padded to the longest.
+
+        For SigLIP, `input_ids` alone, padded to its context length.
+        """
         limit = self.model.config.text_config.max_position_embeddings
+        # SigLIP was trained on texts filled up to its context length, the filling unmasked.
+        is_siglip = _is_siglip(self.model.config)
         tokens = self.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt"
+            list(texts),
+            padding="max_length" if is_siglip else True,
+            truncation=True,
+            max_length=limit,
+            return_tensors="pt",
         )
-        return {name: tokens[name] for name in ("input_ids", "attention_mask")}
+        names = ("input_ids",) if is_siglip else ("input_ids", "attention_mask")
+        return {name: tokens[name] for name in names}
 
     def encode_texts(self, tokens: Mapping[str, Tensor]) -> Tensor:
         """Return float32 [texts, E], unit length."""
+        count_pass()
         return F.normalize(_tensor(self.model.get_text_features(**tokens)).float(), dim=1)
 
     @torch.no_grad()

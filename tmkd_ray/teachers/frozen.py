@@ -40,6 +40,7 @@ class FrozenTeachers:
     def __call__(self, pixels_BVHWC: Tensor) -> Knowledge:
         """Return the knowledge of uint8 views, in float32."""
         batch, views = pixels_BVHWC.shape[:2]
+        assert self.visual.num_view_statistics in (None, views)
         flat = pixels_BVHWC.flatten(0, 1).to(self.device)
 
         def per_view(parts: list[Tensor]) -> Tensor:
@@ -47,7 +48,10 @@ class FrozenTeachers:
             return joined.reshape(batch, views, *joined.shape[1:])
 
         with autocast(self.device, self.visual_precision):
-            outputs = [self.visual.outputs(part) for part in torch.split(flat, self.visual_batch)]
+            outputs = [
+                self.visual.outputs(part, number * self.visual_batch % views)
+                for number, part in enumerate(torch.split(flat, self.visual_batch))
+            ]
         knowledge = Knowledge(per_view([output.feature for output in outputs]))
         if self.with_maps:
             stages = zip(*(output.feature_maps for output in outputs), strict=True)

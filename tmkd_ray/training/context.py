@@ -6,13 +6,15 @@ import signal
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from tmkd_ray.results import EpochRecord
 
 
 class WorkerContext(ABC):
@@ -41,6 +43,13 @@ class WorkerContext(ABC):
     @abstractmethod
     def say(self, line: str) -> None:
         """Show a line of progress to the user (rank 0 only)."""
+
+    def epoch_finished(self, history: Sequence[EpochRecord]) -> None:  # noqa: B027 (most have no use for it)
+        """Hear of an epoch that was validated, on all ranks, before its checkpoint.
+
+        Args:
+            history: of all epochs so far, also of those before an interruption.
+        """
 
     def listening(self) -> contextlib.AbstractContextManager[None]:
         """Within it warnings of an end are heard, where they must be listened for."""

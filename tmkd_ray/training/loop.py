@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tmkd_ray.config import TrainingConfig
+from tmkd_ray.progress import Rate, time_left
 from tmkd_ray.results import EpochRecord
 from tmkd_ray.training.averaging import batch_statistics, mean_over_workers
 from tmkd_ray.training.checkpoint import PartialEpoch, TrainingState, newest_checkpoint, written_checkpoint
@@ -28,6 +29,9 @@ from tmkd_ray.training.tracking import RunLogger, open_loggers
 
 _SAY_EVERY_S = 2.0
 """Short epochs are not all said, only the first, the last, and one every so many seconds."""
+
+_STEPS_EVERY_S = 15.0
+"""When a long epoch first says how far it is."""
 
 _LOOK_EVERY_S = 5.0
 """About how often the loop looks whether the loss is finite and whether it was warned; that waits for a GPU."""
@@ -117,9 +121,11 @@ class _Training:
             self.step.module.train()
             self._train_epoch()
             record = self._finish_epoch()
+            self.context.epoch_finished(state.history)
             if time.perf_counter() - said >= _SAY_EVERY_S or state.epoch in (1, config.epochs):
                 said = time.perf_counter()
-                self.context.say(_epoch_line(self.label, record, config.epochs))
+                left = state.seconds / state.epoch * (config.epochs - state.epoch)
+                self.context.say(_epoch_line(self.label, record, config.epochs, left))
             if state.epoch % config.checkpoint_every == 0 or state.epoch == config.epochs:
                 self._checkpoint()
         return TrainingOutcome(state.best, state.best_epoch, state.best_accuracy, state.history, state.seconds)
@@ -132,12 +138,16 @@ class _Training:
         sums = self._earlier_sums() if partial.sums else None
         clock = _Clock()
         looked = partial.steps
+        what = f"{self.label}: epoch {epoch + 1}/{config.epochs}"
+        steps_left = num_steps - partial.steps
+        progress = Rate(what, steps_left, "steps", _STEPS_EVERY_S, context.say, says_end=False)
         for batch in clock.timed(self.task.batches(epoch, context, partial.steps)):
             _seed(config.seed, epoch, partial.steps, context.rank)
             row = self.step(batch, epoch + partial.steps / num_steps)
             self.watch.note(partial.steps, row, batch)
             sums = row if sums is None else sums + row
             partial.steps += 1
+            progress.advance(1)
             every = config.checkpoint_every_steps
             due = every is not None and partial.steps % every == 0 and partial.steps < num_steps
             if due or partial.steps - looked >= self.next_look:
@@ -290,11 +300,11 @@ def _position(state: TrainingState) -> str:
     return f"epoch {state.epoch}{within}"
 
 
-def _epoch_line(label: str, record: EpochRecord, epochs: int) -> str:
+def _epoch_line(label: str, record: EpochRecord, epochs: int, seconds_left: float) -> str:
     terms = "  ".join(f"{name} {value:.3f}" for name, value in record.terms.items())
     accuracy, waiting = 100 * (record.validation_accuracy or 0), 100 * (record.data_share or 0)
     return (
         f"{label}: epoch {record.epoch}/{epochs}  loss {record.loss:.3f}  {terms}  "
         f"validation {accuracy:.1f} %  {record.images_per_second:,.0f} images/s, "
-        f"{waiting:.0f} % waiting for data"
+        f"{waiting:.0f} % waiting for data, {time_left(seconds_left)} left"
     )

@@ -18,7 +18,7 @@ def build_optimizer(config: TrainingConfig, module: nn.Module) -> torch.optim.Op
     if config.optimizer == "dot":
         return DOT(parameters, config.learning_rate, config.momentum, config.dot_delta, config.weight_decay)
     if config.optimizer == "sgd":
-        return torch.optim.SGD(
+        optimizer = torch.optim.SGD(
             parameters,
             lr=config.learning_rate,
             momentum=config.momentum,
@@ -26,6 +26,11 @@ def build_optimizer(config: TrainingConfig, module: nn.Module) -> torch.optim.Op
             weight_decay=config.weight_decay,
             fused=True,
         )
+        if config.precision == "float16" and config.momentum > 0:
+            # A first step that overflows is skipped, but torch takes its momenta, never written, for real.
+            for parameter in parameters:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},

@@ -88,6 +88,7 @@ class TrainStep:
             self.task.after_step(part)
             sums = self._sums(output, len(part.labels))
             row = sums if row is None else row + sums
+        self.task.after_update()
         assert row is not None
         return row
 

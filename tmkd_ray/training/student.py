@@ -1,5 +1,7 @@
 """Train a student from a knowledge store."""
 
+import warnings
+from abc import abstractmethod
 from collections.abc import Iterator
 
 import numpy as np
@@ -7,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tmkd_ray.augmentation import AugmentationConfig
-from tmkd_ray.config import TrainingConfig
+from tmkd_ray.config import ObjectiveConfig, TrainingConfig
 from tmkd_ray.datasets.base import SampleIndex
 from tmkd_ray.datasets.splits import few_labels
 from tmkd_ray.distillers import DistillationSpec
@@ -63,7 +65,59 @@ class StudentModule(nn.Module):
         return StepOutput(mixed_loss(lambda labels: self.distiller(output, None, labels), labels_B, mixture))
 
 
-class StudentTask(TrainTask):
+class TaughtTask(TrainTask):
+    """What trainings on a `BatchSource` have in common: its batches, and validation by a prediction.
+
+    Args:
+        source: of the batches.
+        validation_images: uint8 [N, H, W, 3]. validation_labels: int64 [N].
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        source: BatchSource,
+        validation_images: np.ndarray,
+        validation_labels: np.ndarray,
+        training: TrainingConfig,
+    ) -> None:
+        self.module = module
+        self.training = training
+        self.source = source
+        self.num_samples = len(source)
+        self.notes = source.notes
+        self.validation_images = _images_tensor(validation_images)
+        self.validation_labels = torch.from_numpy(validation_labels.copy())
+
+    def batches(self, epoch: int, context: WorkerContext, first_step: int = 0) -> Iterator[Batch]:
+        self.source.say = context.say
+        return self.source.batches(
+            epoch,
+            self.training.batch_size,
+            self.training.seed,
+            context.rank,
+            context.world_size,
+            first_step,
+        )
+
+    def sample_ids(self, indices_B: Tensor) -> list[str]:
+        return [str(self.source.ids[index]) for index in indices_B.tolist()]
+
+    def validate(self, context: WorkerContext) -> dict[str, float]:
+        return evaluate(
+            self._predict,
+            self.validation_images,
+            self.validation_labels,
+            context,
+            self.training.evaluation_batch_size,
+        )
+
+    @abstractmethod
+    def _predict(self, images_BHWC: Tensor) -> Tensor:
+        """Return logits [B, C] of uint8 images."""
+
+
+class StudentTask(TaughtTask):
     """A student and what it learns from.
 
     Args:
@@ -75,6 +129,8 @@ class StudentTask(TrainTask):
         views: those the teacher looks at.
         teacher_maps: shapes of the visual teacher's feature maps, where a strategy reads them.
     """
+
+    module: StudentModule
 
     def __init__(
         self,
@@ -91,15 +147,7 @@ class StudentTask(TrainTask):
         std: ImageStatistics,
         teacher_maps: tuple[MapShape, ...] | None = None,
     ) -> None:
-        signal = None
-        if constants is not None:
-            signal = TeachingSignal(
-                constants,
-                views,
-                distiller.weighting,
-                distiller.fusion_temperature,
-                distiller.clip_temperature,
-            )
+        signal = None if constants is None else teaching_signal(constants, views, distiller)
         spec = DistillationSpec(
             num_classes=student.head.out_features,
             student_width=student.feature_width,
@@ -110,46 +158,21 @@ class StudentTask(TrainTask):
             student_maps=student.map_shapes(layout.image_size) if distiller.needs_online else None,
             teacher_maps=teacher_maps,
         )
-        self.module: StudentModule = StudentModule(
+        module = StudentModule(
             student,
             Distiller(distiller, spec, training.label_smoothing),
             signal,
             Normalize(mean, std),
             Mixing(training.mixup, training.cutmix) if training.mixes else None,
         )
-        self.training = training
-        self.source = source
-        self.num_samples = len(source)
-        self.notes = source.notes
-        self.validation_images = torch.from_numpy(validation_images.copy())
-        self.validation_labels = torch.from_numpy(validation_labels.copy())
+        super().__init__(module, source, validation_images, validation_labels, training)
 
     def batches(self, epoch: int, context: WorkerContext, first_step: int = 0) -> Iterator[Batch]:
-        self.source.say = context.say
         self.module.distiller.set_progress(epoch)
-        return self.source.batches(
-            epoch,
-            self.training.batch_size,
-            self.training.seed,
-            context.rank,
-            context.world_size,
-            first_step,
-        )
-
-    def sample_ids(self, indices_B: Tensor) -> list[str]:
-        return [str(self.source.ids[index]) for index in indices_B.tolist()]
+        return super().batches(epoch, context, first_step)
 
     def after_step(self, batch: Batch) -> None:
         self.module.distiller.after_step(batch.indices)
-
-    def validate(self, context: WorkerContext) -> dict[str, float]:
-        return evaluate(
-            self._predict,
-            self.validation_images,
-            self.validation_labels,
-            context,
-            self.training.evaluation_batch_size,
-        )
 
     def _predict(self, images_BHWC: Tensor) -> Tensor:
         output: ModelOutput = self.module.student(self.module.normalize(images_BHWC))
@@ -158,6 +181,15 @@ class StudentTask(TrainTask):
     @property
     def kept(self) -> ImageClassifier:
         return self.module.student
+
+
+def teaching_signal(
+    constants: TeacherConstants, views: tuple[str, ...], objective: ObjectiveConfig
+) -> TeachingSignal:
+    """Return what turns knowledge into the signal that an objective asks for."""
+    return TeachingSignal(
+        constants, views, objective.weighting, objective.fusion_temperature, objective.clip_temperature
+    )
 
 
 def resident_source(
@@ -176,6 +208,15 @@ def resident_source(
     return ResidentImages(
         arrays.images[rows], arrays.labels[rows], arrays.ids[rows], device, augmentation, training.seed
     )
+
+
+def _images_tensor(images: np.ndarray) -> Tensor:
+    """Return images that are only read: those mapped from a file without a copy, which trainings share."""
+    if not isinstance(images, np.memmap):
+        return torch.from_numpy(images.copy())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(images)
 
 
 def labelled_positions(ids: np.ndarray, labels: np.ndarray, training: TrainingConfig) -> np.ndarray | None:

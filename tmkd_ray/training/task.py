@@ -60,6 +60,9 @@ class TrainTask(ABC):
         for those before it after their backward pass.
         """
 
+    def after_update(self) -> None:  # noqa: B027
+        """Update what no gradient trains, once a step: after the optimiser's, and after every `after_step`."""
+
     @abstractmethod
     def validate(self, context: WorkerContext) -> dict[str, float]:
         """Return metrics over all workers; `accuracy` picks the epoch to keep."""

@@ -27,15 +27,24 @@ class ViewConfig(Settings):
     @field_validator("prompts")
     @classmethod
     def _one_placeholder_each(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
-        if not prompts:
-            raise ValueError("give at least one prompt, such as 'a photo of a {}.'")
-        for prompt in prompts:
-            # No other brace may be there, so that `str.format` and `str.replace` fill a template alike.
-            if prompt.count("{}") != 1 or prompt.count("{") != 1 or prompt.count("}") != 1:
-                raise ValueError(
-                    f"the prompt {prompt!r} must contain one {{}}, for the class name, and no other brace"
-                )
-        return prompts
+        return check_prompts(prompts)
+
+
+def check_prompts(prompts: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the templates.
+
+    Raises:
+        ValueError: there is none, or one does not have exactly one `{}`.
+    """
+    if not prompts:
+        raise ValueError("give at least one prompt, such as 'a photo of a {}.'")
+    for prompt in prompts:
+        # No other brace may be there, so that `str.format` and `str.replace` fill a template alike.
+        if prompt.count("{}") != 1 or prompt.count("{") != 1 or prompt.count("}") != 1:
+            raise ValueError(
+                f"the prompt {prompt!r} must contain one {{}}, for the class name, and no other brace"
+            )
+    return prompts
 
 
 class View(ABC):

@@ -1,0 +1,177 @@
+"""The cost model: by hand, against published figures; and docs/scaling.md is what the command says."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tmkd_ray.cli import main
+from tmkd_ray.config_reading import read_config
+from tmkd_ray.errors import UserError
+from tmkd_ray.planning import (
+    Constants,
+    format_plan,
+    make_plan,
+    network_flops,
+    read_constants,
+    read_nodes,
+    vit_flops,
+)
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "scaling.md"
+
+
+def constants(**changes: object) -> Constants:
+    """Round numbers: a core takes 1 ms an image and 2 ms a variant at any size."""
+    node = {
+        "machine": "m",
+        "cores": 10,
+        "memory_gib": 64,
+        "disk_gib": 100,
+        "network_gbit": 80,
+        "dollars_per_hour": 1,
+    }
+    gpu = {**node, "gpus": 2, "gpu": "G", "dollars_per_hour": 3}
+    fields = {
+        "note": "made up",
+        "core": {
+            "decode_s": {"at_32": 0.001, "at_224": 0.001},
+            "variant_s": {"at_32": 0.002, "at_224": 0.002},
+            "write_bytes_per_s": 1e30,
+            "flops": 1e9,
+        },
+        "ray": {"start_s": 0, "shard_s": 1e-9},
+        "gpus": {
+            "G": {
+                "float32": 1e12,
+                "bfloat16": 4e12,
+                "float16": 4e12,
+                "utilisation": 0.25,
+                "is_estimate": True,
+                "source": "none",
+            }
+        },
+        "nodes": {"head": {**node, "dollars_per_hour": 0}, "views": node, "teacher": gpu, "train": gpu},
+        "prices": {"note": "made up", "dollars_per_gb_month": 0.02, "dollars_per_1000_writes": 0},
+    }
+    return Constants.model_validate(fields | changes)
+
+
+BASE = [
+    *("dataset=image_folder", "dataset.path=/data", "dataset.image_size=224", "distiller=kd"),
+    *("teacher.visual.model=torchvision/resnet18", "teacher.visual.checkpoint=/w.pth", "teacher.text=null"),
+    *("student.model=torchvision/resnet18", "training.epochs=10", "knowledge.num_variants=4"),
+]
+RESNET18 = 2 * 1.8141e9
+"""Operations at 224 pixels and 1000 classes, two a multiplication (torchvision's table: 1.81 GFLOPS)."""
+
+
+def test_operations_of_networks_are_those_published():
+    flops, width = network_flops("torchvision/resnet18", 224, 1000)
+    assert flops == pytest.approx(RESNET18, rel=2e-3)
+    assert width == 512
+    assert network_flops("torchvision/resnet50", 224, 1000)[0] == pytest.approx(2 * 4.09e9, rel=2e-3)
+    # Dosovitskiy et al. count 4.4 and 17.6 G multiplications for ViT-B/32 and ViT-B/16 at 224 pixels.
+    assert vit_flops(224, 32, 768, 12) == pytest.approx(2 * 4.41e9, rel=0.01)
+    assert vit_flops(224, 16, 768, 12) == pytest.approx(2 * 17.58e9, rel=0.01)
+
+
+def test_a_plan_by_hand():
+    plan = make_plan(read_config(None, BASE), {"views": 3, "teacher": 1, "train": 2}, 1000, 1000, constants())
+    cpu, teacher, *_ = plan.knowledge
+    assert cpu.per_s == pytest.approx(30 / (0.001 + 4 * 0.002))
+    # Two GPUs at a quarter of 1 TFLOP/s; 4 variants × 3 views an image.
+    rate = 2 * 0.25e12 / (12 * RESNET18)
+    assert teacher.per_s == pytest.approx(rate, rel=2e-3)
+    assert plan.bottleneck is teacher
+    assert plan.knowledge_hours == pytest.approx(1000 / rate / 3600, rel=2e-3)
+    ((name, hours, basis),) = plan.trainings
+    assert name == "1 student, 10 epochs"
+    assert hours == pytest.approx(1000 * 10 * 3 * RESNET18 / (4 * 0.25e12) / 3600, rel=2e-3)
+    assert basis == "ESTIMATE: 25% of 1 TFLOP/s"
+    assert plan.dollars == pytest.approx(plan.knowledge_hours * (3 * 1 + 1 * 3) + hours * 2 * 3)
+
+
+def test_what_is_given_changes_what_holds_back():
+    nodes = {"views": 1, "teacher": 1, "train": 1}
+    slow = constants(ray={"start_s": 0, "shard_s": 100})
+    assert make_plan(read_config(None, BASE), nodes, 10, 1000, slow).bottleneck.name == "Ray's shards"
+    config = read_config(None, [*BASE, "knowledge.visual.precision=bfloat16"])
+    fast = make_plan(config, nodes, 10, 1000, constants()).knowledge[1]
+    assert fast.per_s == pytest.approx(2 * 0.25 * 4e12 / (12 * RESNET18), rel=2e-3)
+    with_clip = read_config(None, [*BASE, "teacher.text.model=openai/clip-vit-base-patch32"])
+    both = make_plan(with_clip, nodes, 10, 1000, constants()).knowledge[1]
+    assert both.name == "visual teacher and CLIP"
+    assert both.per_s == pytest.approx(2 * 0.25e12 / (12 * (RESNET18 + 2 * 4.41e9)), rel=5e-3)
+
+
+def test_without_gpus_the_cores_compute_the_teachers():
+    nodes = {kind: node.model_copy(update={"gpus": 0}) for kind, node in constants().nodes.items()}
+    plan = make_plan(
+        read_config(None, BASE),
+        dict.fromkeys(("views", "teacher", "train"), 1),
+        10,
+        1000,
+        constants(nodes=nodes),
+    )
+    assert plan.knowledge[1].per_s == pytest.approx(10 * 1e9 / (12 * RESNET18), rel=2e-3)
+    assert plan.knowledge[1].basis == "measured"
+
+
+def test_what_breaks_first_is_told():
+    nodes = {"views": 1, "teacher": 1, "train": 1}
+    config = read_config(None, BASE)
+    assert make_plan(config, nodes, 1000, 1000, constants()).limits == []
+    limits = make_plan(config, nodes, 100_000_000, 1000, constants()).limits
+    assert [limit.split(",")[0].split(" is")[0] for limit in limits[:2]] == [
+        "the store",
+        "nor the disk of a training node (100 GiB)",
+    ]
+    assert any(limit.startswith("the list of samples") for limit in limits)
+
+
+@pytest.mark.parametrize(
+    "text", ["views=1", "views=1,teacher=0,train=1", "views=1,views=2", "gpu=2", "views=x"]
+)
+def test_nodes_that_cannot_be_read(text):
+    with pytest.raises(UserError, match="--nodes"):
+        read_nodes(text)
+
+
+def test_constants_that_cannot_be_read(tmp_path):
+    (tmp_path / "a.json").write_text('{"note": 3}')
+    (tmp_path / "b.json").write_text("{")
+    for name, message in (("a.json", "core: required"), ("b.json", "is not JSON"), ("c.json", "no file")):
+        with pytest.raises(UserError, match=message):
+            read_constants(str(tmp_path / name))
+
+
+def test_the_packaged_constants_say_where_they_are_from():
+    packaged = read_constants()
+    assert re.match(r"measured 20\d\d-\d\d-\d\d on .*\d cores", packaged.note)
+    assert all(gpu.is_estimate and "assumed" in gpu.source for gpu in packaged.gpus.values())
+    assert re.search(r"EXAMPLE.*20\d\d", packaged.prices.note)
+    plan = make_plan(read_config(None, BASE), {"views": 1, "teacher": 1, "train": 1}, 10, 1000, packaged)
+    assert "ESTIMATE" in format_plan(plan, 10, packaged)
+
+
+def blocks() -> list[tuple[str, str]]:
+    """The commands in docs/scaling.md and what stands there as their output."""
+    return re.findall(
+        r"```sh\n(tmkd plan .*?)\n```\n\n<!-- its output -->\n(.*?)\n<!-- end -->", PAGE.read_text(), re.S
+    )
+
+
+def test_the_page_has_both_plans():
+    assert len(blocks()) >= 2
+    assert {"1281167", "100000000"} <= set(re.findall(r"--images (\d+)", PAGE.read_text()))
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_page_says_what_the_command_says(number, capsys, monkeypatch):
+    command, output = blocks()[number]
+    monkeypatch.chdir(ROOT)
+    assert main(shlex.split(command.replace("\\\n", " "))[1:]) == 0
+    assert capsys.readouterr().out.strip() == output.strip()

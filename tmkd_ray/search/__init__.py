@@ -1,0 +1,1 @@
+"""Sweeps, without Ray: what may be searched, which values are tried next."""
