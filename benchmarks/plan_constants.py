@@ -29,7 +29,7 @@ from tmkd_ray.augmentation import AugmentationConfig
 from tmkd_ray.config import ViewPoolConfig
 from tmkd_ray.knowledge import KnowledgeLayout
 from tmkd_ray.knowledge.compute import ViewStage, plan_shards
-from tmkd_ray.planning import Constants, network_flops, read_constants
+from tmkd_ray.planning import Constants, network_flops, unmeasured
 from tmkd_ray.types import TaskSpec
 
 VIEWS = ("original", "edge", "high_frequency")
@@ -124,9 +124,8 @@ def measure(rounds: int, shards: int, images: int) -> Constants:
         small = measure_views(Path(folder) / "32", 32, 4 * images, rounds)
         large = measure_views(Path(folder) / "224", 224, images, rounds)
     start, shard = measure_ray(shards, rounds)
-    packaged = read_constants().model_dump()
     return Constants.model_validate(
-        packaged
+        unmeasured()
         | {
             "note": f"measured {date.today().isoformat()} on {hardware()}, best of {rounds}; no GPU was",
             "core": {

@@ -10,7 +10,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, ValidationError
@@ -152,20 +152,24 @@ class Plan:
         return self.knowledge_hours + sum(hours for _, hours, _ in self.trainings)
 
 
-def read_constants(path: str | None = None) -> Constants:
-    """Read the numbers of the model; None: those that come with the package.
+def unmeasured() -> dict[str, Any]:
+    """Return the fields of `Constants` that are not measured: GPUs by data sheet, machines, example prices."""
+    content: dict[str, Any] = json.loads(
+        (importlib.resources.files("tmkd_ray") / "plan_constants.json").read_bytes()
+    )
+    return content
+
+
+def read_constants(path: str) -> Constants:
+    """Read the numbers of the model.
 
     Raises:
         UserError: there is no such file, or it is not one of `benchmarks/plan_constants.py`.
     """
-    if path is None:
-        content = (importlib.resources.files("tmkd_ray") / "plan_constants.json").read_bytes()
-    else:
-        if not storage.exists(path):
-            raise UserError(f"--constants: there is no file {path}")
-        content = storage.read_bytes(path)
+    if not storage.exists(path):
+        raise UserError(f"--constants: there is no file {path}")
     try:
-        return Constants.model_validate(json.loads(content))
+        return Constants.model_validate(json.loads(storage.read_bytes(path)))
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(where)}: {text}" for where, text in explain(error, Constants))
         raise UserError(f"--constants: {path}: {problems}") from error

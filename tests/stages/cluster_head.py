@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,7 +46,11 @@ def cluster_head() -> Iterator[Head]:
         *("--object-store-memory=200000000", f"--temp-dir={folder}", f"--autoscaling-config={settings}"),
         "--disable-usage-stats",
     ]
-    environment = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    environment = {
+        "RAY_FAKE_CLUSTER": "1",
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # jobs call `python`
+    }
     log = folder / "start.log"
     old = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)

@@ -1,4 +1,4 @@
-"""A visual teacher as a user would give it: `python:tests.stages.outside_teacher:linear`, from the repository."""
+"""A visual teacher as a user would give it: `python:tests.stages.outside_teacher:linear`."""
 
 import torch
 from torch import Tensor, nn

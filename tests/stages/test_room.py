@@ -102,5 +102,5 @@ def test_a_local_ray_listens_on_loopback_alone(ray_cluster):
                 if connection.status == CONN_LISTEN
             }
     assert listening
-    assert listening <= {"127.0.0.1", "::1"}
+    assert listening <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
     assert global_worker.node.address_info["webui_url"] in (None, ""), "no dashboard"

@@ -24,8 +24,9 @@ class PlanCommand(Command):
         )
         parser.add_argument(
             "--constants",
+            required=True,
             metavar="FILE",
-            help="of benchmarks/plan_constants.py, prices too; else the package's",
+            help="measured by `python benchmarks/plan_constants.py --output FILE`; prices are in it too",
         )
 
     def __call__(self, options: argparse.Namespace) -> int:

@@ -1,9 +1,10 @@
 """`python:package.module:function`: a network that a function of yours returns.
 
-The configuration names the function and no more; its module is imported, from Python's path or the folder that the
-program is started in, and the function called with the `TaskSpec` (class names, image size). On a cluster the
-module must be there too: installed, or in the working directory that goes with the job. The function returns an `nn.Module` with its weights, which takes
-normalised float images [B, 3, H, W] of any B and returns, in evaluation mode,
+The configuration names the function and no more; its module is imported, from Python's path or the folder that
+the program is started in, and the function called with the `TaskSpec` (class names, image size). On a cluster
+the module must be there too: installed, or in the working directory that goes with the job. The function
+returns an `nn.Module` with its weights, which takes normalised float images [B, 3, H, W] of any B and
+returns, in evaluation mode,
 
 - the logits [B, C], where the last linear layer that it registers makes them: its input is the feature; or
 - a `ModelOutput` (an `ImageClassifier` is one that does, and names its head itself).

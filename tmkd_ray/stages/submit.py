@@ -111,8 +111,8 @@ class Jobs:
         """Return a job's state in one line."""
         with self._failures():
             details = self._client.get_job_info(job)
-        message = "" if details.message is None else f" ({details.message.strip()})"
-        return f"{job}: {details.status.value}{message}"
+        reason = (details.message or "").strip().partition("\n")[0]  # what follows is the log again
+        return f"{job}: {details.status.value}" + (f" ({reason})" if reason else "")
 
     def _print_log(self, job: str) -> None:
         """Print the log until the job has ended, over a connection that may break."""
