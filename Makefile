@@ -5,6 +5,8 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Processes that run the tests; each starts a Ray of its own.
+WORKERS ?= 2
 
 .PHONY: help install demo test check format clean
 
@@ -27,7 +29,7 @@ demo: install
 	$(BIN)/tmkd demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: install
 	$(BIN)/ruff check .

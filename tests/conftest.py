@@ -20,6 +20,15 @@ from tmkd_ray.results import (
 VIEWS = ("original", "edge", "high_frequency")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the tests that build on PyTorch's meta device go first, in a process that has loaded nothing yet.
+
+    Once transformers has loaded a model, PyTorch 2.15 computes a linear layer on that device by a Python
+    decomposition that mixes it up with the CPU.
+    """
+    items.sort(key=lambda item: item.path.name != "test_models_torchvision.py")
+
+
 def history(num_epochs: int = 12, terms: tuple[str, ...] = ("ce", "kd")) -> list[EpochRecord]:
     return [
         EpochRecord(

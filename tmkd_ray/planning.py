@@ -220,7 +220,7 @@ def make_plan(
         dtype=config.knowledge.dtype,
         image_format=config.knowledge.images,
     )
-    kinds = {kind: constants.nodes[kind] for kind in ("views", "teacher", "train")}  # type: ignore[index]
+    kinds = {kind: constants.nodes[kind] for kind in ("views", "teacher", "train")}
     row = layout.bytes_per_image()
     pixels = variants * views * 3 * size**2
 

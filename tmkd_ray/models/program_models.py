@@ -62,7 +62,8 @@ class ProgramClassifier(ImageClassifier):
         """Say which parameters of the program are those of its last linear layer."""
         self._head_names = (weight, bias)
         parameters = dict(self.program.named_parameters())
-        self.linear = nn.Linear(*reversed(parameters[weight].shape), bias=bias is not None, device="meta")
+        outputs, inputs = parameters[weight].shape
+        self.linear = nn.Linear(inputs, outputs, bias=bias is not None, device="meta")
         self.linear.weight = parameters[weight]
         if bias is not None:
             self.linear.bias = parameters[bias]
@@ -96,7 +97,7 @@ class ProgramClassifier(ImageClassifier):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._load()
 
 

@@ -62,7 +62,7 @@ class ViewBatchNorm(_BatchNorm):
         assert sum(counts) == len(input), "the samples are not those whose views were told"
         if max(counts) == len(input):
             return self._normalize(input, counts.index(len(input)))
-        parts = torch.split(input, counts)
+        parts = torch.split(input, list(counts))
         return torch.cat([self._normalize(part, view) for view, part in enumerate(parts) if len(part)])
 
     def _normalize(self, input: Tensor, view: int) -> Tensor:
