@@ -12,6 +12,7 @@ from pydantic_core import PydanticUndefined
 from tmkd_ray.config import ExperimentConfig
 from tmkd_ray.datasets import DATASETS
 from tmkd_ray.distillers import STRATEGIES
+from tmkd_ray.pretraining import PRETRAINERS
 from tmkd_ray.settings import Settings
 from tmkd_ray.views import VIEWS
 
@@ -34,6 +35,7 @@ def config_reference() -> str:
         ("Datasets", "`dataset: {name: NAME, …}`", DATASETS),
         ("Views", "`views: {NAME: {…}, …}`", VIEWS),
         ("Strategies", "`distiller.strategy: {name: NAME, …}`", STRATEGIES),
+        ("Pre-training without labels", "`distiller: {name: NAME, …}`", PRETRAINERS),
     )
     for title, usage, registry in named:
         lines += [f"## {title}", "", f"{usage}, with these options.", ""]
