@@ -8,11 +8,13 @@ import safetensors.torch
 import torch
 
 from tmkd_ray.cli import main
+from tmkd_ray.config_reading import dump_config, read_config
 from tmkd_ray.errors import UserError
 from tmkd_ray.export import EXPORTERS
 from tmkd_ray.export.exporting import export_student
 from tmkd_ray.export.student import find_student
 from tmkd_ray.export.teacher import find_teacher
+from tmkd_ray.models.view_batch_norm import use_view_statistics
 
 
 @pytest.fixture
@@ -129,6 +131,31 @@ def test_the_teacher_of_a_run(run_folder, run_copy):
         find_teacher(str(run_copy))
     with pytest.raises(UserError, match="no run's folder"):
         find_teacher(str(run_copy / "students"))
+
+
+def test_an_adapted_teacher_is_the_adapted_one(run_folder, run_copy, digit_images):
+    """Not the checkpoint that the configuration gives: the one that lies in the run's folder."""
+    plain = find_teacher(str(run_folder)).model
+    file = run_copy / "teacher-0123456789ab" / "model.safetensors"
+    given = run_copy / "given.safetensors"
+    shutil.copy(file, given)
+    text = (run_copy / "config.yaml").read_text()
+    config = read_config(run_copy / "config.yaml")
+    visual = config.teacher.visual.model_copy(update={"checkpoint": str(given), "adapt": "statistics"})
+    teacher = config.teacher.model_copy(update={"visual": visual})
+    (run_copy / "config.yaml").write_text(dump_config(config.model_copy(update={"teacher": teacher})))
+    assert (run_copy / "config.yaml").read_text() != text
+    use_view_statistics(plain.inner, len(config.views))
+    weights = plain.inner.state_dict()
+    for name in weights:
+        if "running_mean" in name:
+            weights[name] = weights[name] + 1.0
+    safetensors.torch.save_file(weights, file)
+    plain.inner.load_state_dict(weights)
+    adapted = find_teacher(str(run_copy)).model
+    images = torch.from_numpy(digit_images[:4]).permute(0, 3, 1, 2).float() / 255
+    with torch.no_grad():
+        assert torch.equal(adapted(images).logits, plain(images).logits)
 
 
 # tmkd export

@@ -6,11 +6,12 @@ from tmkd_ray.export.base import Student
 from tmkd_ray.export.record import ExportRecord
 from tmkd_ray.export.student import class_names_of, read_run_config, read_run_results, versions
 from tmkd_ray.models import build_model, count_parameters, load_checkpoint
+from tmkd_ray.models.view_batch_norm import use_view_statistics
 from tmkd_ray.types import TaskSpec
 
 
 def find_teacher(folder: str) -> Student:
-    """Load the visual teacher of a run: the checkpoint that its configuration names, or the one fitted there.
+    """Load the visual teacher of a run: the one that its configuration names, or that fitted or adapted there.
 
     Raises:
         UserError: it is no run's folder, or holds no teacher, or several.
@@ -21,7 +22,7 @@ def find_teacher(folder: str) -> Student:
     config = read_run_config(folder)
     visual = config.teacher.visual
     path = visual.checkpoint
-    if path is None:
+    if visual.is_fitted:
         found = [
             storage.join(folder, name, "model.safetensors")
             for name in storage.list_names(folder)
@@ -32,7 +33,10 @@ def find_teacher(folder: str) -> Student:
         path = found[0]
     task = TaskSpec(class_names_of(folder, config), config.dataset.image_size)
     model = build_model(visual.model, task)
-    load_checkpoint(model, path)
+    if visual.has_view_statistics:  # those of the first view serve where no view is told
+        use_view_statistics(model, len(config.views))
+    if path is not None:
+        load_checkpoint(model, path)
     results = read_run_results(folder)
     measured = None if results is None else results.teacher
     figures: dict[str, float] = {}
