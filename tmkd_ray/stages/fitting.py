@@ -104,7 +104,9 @@ def load_teacher(experiment: Experiment, fitted: Fitted) -> VisualTeacher:
     """
     visual = experiment.config.teacher.visual
     mean, std = experiment.teacher_statistics()
-    checkpoint = visual.checkpoint if fitted.outcome is None else fitted.path
+    # A Python function's or an exported program's network has its weights when it is built.
+    has_weights = fitted.outcome is None and fitted.path == visual.model
+    checkpoint = None if has_weights else fitted.path
     num_views = len(experiment.config.views) if visual.has_view_statistics else None
     return VisualTeacher.load(visual.model, experiment.task, checkpoint, mean, std, num_views)
 
