@@ -204,7 +204,8 @@ def results_markdown(teachers: dict[str, Record], cells: dict[str, list[Record]]
         "labelled images), ± the half-width of the 95 % interval (Student's t). Validation chose the epoch; "
         "test was read once a cell and seed. `mirror`: the plain teacher averaged over the image and its "
         "mirror. A given teacher that was trained on all of train has seen the validation images, so its "
-        "figures on them flatter it.",
+        "figures on them flatter it. `lgd` learns without labels and is measured zero-shot. Seconds are of "
+        "machines that may have had other work.",
         "",
     ]
     for run, records in cells.items():
