@@ -3,14 +3,12 @@
 import csv
 import io
 import json
-import math
 import statistics
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
+from tmkd_ray.report.comparison import Difference, seeded_difference
 
 Record = dict[str, Any]
 
@@ -63,38 +61,21 @@ CLAIMS = (
 """What is claimed to be better, than what, and in words."""
 
 
-@dataclass(frozen=True)
-class Paired:
-    """Mean difference over the seeds that both have, with the half-width of its 95 % interval (Student's t)."""
-
-    mean: float
-    half_width: float | None
-    n: int
-
-    def in_words(self) -> str:
-        if self.half_width is None:
-            return "one seed: no interval"
-        if abs(self.mean) <= self.half_width:
-            return "not shown: the interval holds zero"
-        return "borne out" if self.mean > 0 else "refuted: it is worse"
-
-    def in_points(self) -> str:
-        sign = "+" if self.mean >= 0 else "−"
-        text = f"{sign}{abs(100 * self.mean):.2f}"
-        return text if self.half_width is None else f"{text} ± {100 * self.half_width:.2f}"
+VERDICTS = {
+    "better": "borne out",
+    "worse": "refuted: it is worse",
+    "within noise": "not shown: the interval holds zero",
+    "noise unknown": "one seed, or no scatter: no interval",
+}
 
 
-def paired(ours: dict[int, float], theirs: dict[int, float]) -> Paired | None:
-    """Compare seed by seed; None where no seed is in both."""
+def paired(ours: dict[int, float], theirs: dict[int, float]) -> tuple[Difference, int] | None:
+    """Compare the seeds that both have; return the difference and their number, None where there is none."""
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         return None
-    differences = [ours[seed] - theirs[seed] for seed in seeds]
-    mean, n = statistics.fmean(differences), len(seeds)
-    if n == 1:
-        return Paired(mean, None, n)
-    error = statistics.stdev(differences) / math.sqrt(n)
-    return Paired(mean, float(stats.t.ppf(0.975, n - 1)) * error, n)
+    both = ({seed: accuracies[seed] for seed in seeds} for accuracies in (ours, theirs))
+    return seeded_difference(*both), len(seeds)
 
 
 def read_records(output: Path) -> tuple[dict[str, Record], dict[str, list[Record]]]:
@@ -178,8 +159,10 @@ def run_section(run: str, teacher: Record | None, records: list[Record]) -> list
         lines += ["", "| claim | cells | difference on test, points | seeds | |", "|---|---|---:|---:|---|"]
         for text, ours, theirs, found in claims:
             if found is not None:
+                difference, seeds = found
+                words = VERDICTS[difference.verdict]
                 cells = f"`{ours}` − `{theirs}`"
-                lines.append(f"| {text} | {cells} | {found.in_points()} | {found.n} | {found.in_words()} |")
+                lines.append(f"| {text} | {cells} | {difference.in_points()} | {seeds} | {words} |")
     return [*lines, ""]
 
 

@@ -50,6 +50,11 @@ def difference(method: MethodRecord, reference: MethodRecord, split: Split) -> D
         dict(zip((run.seed for run in record.runs), record.accuracies(split), strict=True))
         for record in (method, reference)
     )
+    return seeded_difference(ours, theirs)
+
+
+def seeded_difference(ours: dict[int, float], theirs: dict[int, float]) -> Difference:
+    """The same of accuracies by seed."""
     mean = statistics.fmean(ours.values()) - statistics.fmean(theirs.values())
     if min(len(ours), len(theirs)) < 2:
         return Difference(mean, None)
