@@ -6,9 +6,9 @@ from pathlib import Path
 
 import yaml
 
-from tmkd_ray import storage
 from tmkd_ray.analysis_record import Analysis
 from tmkd_ray.report.elements import Markup, details, element, join
+from tmkd_ray.report.page import save_page
 from tmkd_ray.report.sections.base import RunPage
 from tmkd_ray.report.sections.classes import calibration_section, classes_section, confusion_section
 from tmkd_ray.report.sections.facts import (
@@ -23,7 +23,6 @@ from tmkd_ray.report.sections.side_by_side import side_by_side_section
 from tmkd_ray.report.sections.teachers import teachers_section
 from tmkd_ray.report.sections.training import training_section
 from tmkd_ray.report.sections.views import gallery_section, weights_section
-from tmkd_ray.report.stylesheet import STYLE_SHEET
 from tmkd_ray.results import RunResults
 
 Section = tuple[str, str, Markup]
@@ -39,19 +38,7 @@ def write_page(path: str | Path, pages: Sequence[RunPage]) -> None:
     """Write the page of one run, or of several side by side, as `write_report` does."""
     assert pages
     body = _one_run(pages[0]) if len(pages) == 1 else _several_runs(pages)
-    title = " · ".join(_titles(pages))
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        # An empty icon, so that no browser asks a server for one.
-        element("link", rel="icon", href="data:,"),
-        element("title", f"{title} – distillation report"),
-        element("style", Markup(STYLE_SHEET)),
-    )
-    content = f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
-    storage.write_bytes(str(path), content.encode(errors="backslashreplace"))
+    save_page(path, f"{' · '.join(_titles(pages))} – distillation report", body)
 
 
 def _one_run(page: RunPage) -> Markup:

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import yaml
 
-from tmkd_ray import storage
 from tmkd_ray.report.elements import Markup, data_table, details, element, fact_list, figure, grid, join
 from tmkd_ray.report.formatting import MISSING, count, duration, of, percent, percent_with_std
 from tmkd_ray.report.importance import MIN_TRIALS, Importance, parameter_importance
+from tmkd_ray.report.page import save_page
 from tmkd_ray.report.search_figures import (
     accuracy_against_latency,
     accuracy_over_time,
@@ -15,7 +15,6 @@ from tmkd_ray.report.search_figures import (
     learning_curves,
     parallel_coordinates,
 )
-from tmkd_ray.report.stylesheet import STYLE_SHEET
 from tmkd_ray.trials import Sweep, TrialRecord, short
 
 _MAX_ROWS = 25
@@ -26,15 +25,6 @@ def write_search_report(path: str, sweep: Sweep) -> None:
     """Write the page: one file that needs nothing else, whole or not at all."""
     sections = list(_sections(sweep))
     record = sweep.record
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("link", rel="icon", href="data:,"),
-        element("title", f"{record.name} – sweep"),
-        element("style", Markup(STYLE_SHEET)),
-    )
     created = record.created[:19].replace("T", " ")
     links = (element("a", title, href=f"#{anchor}") for anchor, title, _ in sections)
     header = element(
@@ -45,8 +35,7 @@ def write_search_report(path: str, sweep: Sweep) -> None:
     )
     parts = (element("section", element("h2", title), part, id=anchor) for anchor, title, part in sections)
     body = element("body", header, element("main", *parts))
-    page = f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
-    storage.write_bytes(path, page.encode(errors="backslashreplace"))
+    save_page(path, f"{record.name} – sweep", body)
 
 
 def _sections(sweep: Sweep) -> Iterator[tuple[str, str, Markup]]:
