@@ -1,5 +1,10 @@
+import os
 from collections.abc import Callable
 from typing import Any
+
+# Before anything reads it, here and in all processes that tests start: batches this small are slowed down by
+# threads, tenfold where another process is busy; and sums differ in the last bits with their number.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest

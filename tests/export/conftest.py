@@ -1,6 +1,5 @@
 """A finished run, fabricated: students whose last layer is fitted to real digits in closed form."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +18,6 @@ from tmkd_ray.teachers.pixels import Normalize
 from tmkd_ray.types import TaskSpec
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def fitted(name: str, images: LoadedImages, mean: tuple[float, ...], std: tuple[float, ...]) -> ImageClassifier:

@@ -1,19 +1,7 @@
-from collections.abc import Iterator
-
 import pytest
-import torch
 from knowledge_chain import Chain, build_clip, digits_chain
 
 from tmkd_ray.knowledge.store import KnowledgeStore
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Batches this small are slowed down by threads, tenfold where another process is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

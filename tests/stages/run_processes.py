@@ -13,16 +13,12 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import torch
 from ray._private import ray_constants
 
 # Of Ray's own packages, which it puts on the path.
 from psutil import NoSuchProcess, Process  # isort: skip
 
 POLL_S = 0.02
-
-NUM_THREADS = 1
-"""PyTorch's in the commands' process: its sums differ in the last bits with the number."""
 
 OURS_ALONE = {
     "RAY_AUTH_MODE": "disabled",  # else a token file is written
@@ -92,7 +88,6 @@ def _serve(connection: Connection, prepare: Callable[[], None] | None) -> None:
     from tmkd_ray.cli import main
     from tmkd_ray.stages.session import start_local_ray
 
-    torch.set_num_threads(NUM_THREADS)
     start_local_ray(num_cpus=4)
     if prepare is not None:
         prepare()

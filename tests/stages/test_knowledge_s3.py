@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from run_processes import NUM_THREADS, Answer, Commands, commands
+from run_processes import Answer, Commands, commands
 from s3_server import HANG, S3Server, faulty_proxy, s3_server
 from sklearn.datasets import load_digits
 
@@ -143,12 +143,7 @@ def local_store(ray_cluster: Any, local: Path, road: Road) -> dict[str, bytes]:
     """The store of the same teachers and images, all of them on this machine."""
     teacher = local / "teacher.safetensors"
     teacher.write_bytes(storage.read_bytes(f"{road.only('teacher-')}/model.safetensors"))
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(NUM_THREADS)  # as in the commands' process: the texts are embedded in this one
-    try:
-        assert main(["knowledge", *overrides(str(local)), f"teacher.visual.checkpoint={teacher}"]) == 0
-    finally:
-        torch.set_num_threads(num_threads)
+    assert main(["knowledge", *overrides(str(local)), f"teacher.visual.checkpoint={teacher}"]) == 0
     files = contents(str(local / "runs" / "tiny" / "knowledge"))
     assert len(files) == 2 * NUM_SHARDS + 4
     return files

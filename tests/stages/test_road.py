@@ -129,29 +129,22 @@ def test_the_store_is_that_of_a_plain_loop_byte_for_byte(tiny_run, tmp_path):
     written = KnowledgeStore(experiment.store_path)
     layouts = written.manifest().layouts
     plain = KnowledgeStore(str(tmp_path / "plain"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the actors have
-    try:
-        visual, clip = found_teacher(experiment), found_clip(experiment)
-        assert visual is not None
-        assert clip is not None
-        stages = [
-            ViewStage(
-                experiment.dataset, experiment.views(), layouts, config.augmentation, config.knowledge.seed
-            ),
-            VisualStage(load_teacher(experiment, visual), layouts, "cpu", 64),
-            ClipStage(ClipTeacher.load(clip.path), layouts, "cpu", 64),
-            ShardWriter(plain, layouts),
-        ]
-        plans = plan_shards("train", experiment.train, 64, 2) + plan_shards(
-            "validation", experiment.validation, 64, 1
-        )
-        for plan in reversed(plans):
-            table = plan.to_table()
-            for stage in stages:
-                table = stage(table)
-    finally:
-        torch.set_num_threads(threads)
+    visual, clip = found_teacher(experiment), found_clip(experiment)
+    assert visual is not None
+    assert clip is not None
+    stages = [
+        ViewStage(experiment.dataset, experiment.views(), layouts, config.augmentation, config.knowledge.seed),
+        VisualStage(load_teacher(experiment, visual), layouts, "cpu", 64),
+        ClipStage(ClipTeacher.load(clip.path), layouts, "cpu", 64),
+        ShardWriter(plain, layouts),
+    ]
+    plans = plan_shards("train", experiment.train, 64, 2) + plan_shards(
+        "validation", experiment.validation, 64, 1
+    )
+    for plan in reversed(plans):
+        table = plan.to_table()
+        for stage in stages:
+            table = stage(table)
     expected = {(r.split, r.number): r.sha256 for r in written.manifest().shards}
     assert {key: record.sha256 for key, record in plain.committed().items()} == expected
 
