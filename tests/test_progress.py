@@ -65,11 +65,15 @@ def test_a_terminal_has_one_line_that_is_written_over(clock, monkeypatch):
 
 def test_another_may_print_the_lines_and_a_short_stage_says_nothing(clock):
     said = []
-    rate = Rate("epoch", 4, "steps", interval_s=15, say=said.append, says_end=False)
+    asked = []
+    rate = Rate(
+        "epoch", 4, "steps", 15, said.append, says_end=False, detail=lambda: asked.append(1) or "loss 0.5"
+    )
     for _ in range(4):
         clock.now += 5
         rate.advance(1)
-    assert said == ["epoch: 3/4 steps  0.2 steps/s  5 s left"]
+    assert said == ["epoch: 3/4 steps  0.2 steps/s  5 s left  loss 0.5"]
+    assert asked == [1], "only when there is a line"
     short = Rate("epoch", 2, "steps", interval_s=15, say=said.append, says_end=False)
     short.advance(2)
     assert len(said) == 1

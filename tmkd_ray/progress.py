@@ -50,6 +50,7 @@ class Rate:
         interval_s: between the first two lines; in a log it doubles after each, up to a minute.
         say: what prints a line; None: this process's stderr, which may be a terminal.
         says_end: whether the last line, when all is done, is due whatever the interval.
+        detail: what to add to a line; asked only when one is said.
     """
 
     def __init__(
@@ -60,11 +61,12 @@ class Rate:
         interval_s: float = 2.0,
         say: Callable[[str], None] | None = None,
         says_end: bool = True,
+        detail: Callable[[], str] | None = None,
     ) -> None:
         self.label, self.total, self.unit = label, total, unit
         self.in_terminal = say is None and sys.stderr.isatty()
         self.interval_s = _TERMINAL_INTERVAL_S if self.in_terminal else interval_s
-        self._say, self._says_end = say, says_end
+        self._say, self._says_end, self._detail = say, says_end, detail
         self.done = 0
         self.started = self.said = time.monotonic()
 
@@ -79,6 +81,8 @@ class Rate:
         if not self.in_terminal:
             self.interval_s = min(2 * self.interval_s, max(_MAX_INTERVAL_S, self.interval_s))
         line = self.line(now - self.started)
+        if self._detail is not None:
+            line += f"  {self._detail()}"
         if self._say is not None:
             self._say(line)
         else:

@@ -25,6 +25,17 @@ def diverge(task: Any, config: Any, folder: Path) -> tuple[str, dict[str, Any]]:
     return str(caught.value), facts
 
 
+class Counted(ScriptedTask):
+    """Infinite from its first step on; counts the steps."""
+
+    steps_done = 0
+
+    def batches(self, epoch: int, context: PlainContext, first_step: int = 0) -> Iterator[Any]:  # type: ignore[override]
+        for batch in super().batches(epoch, context, first_step):
+            self.steps_done += 1
+            yield batch
+
+
 class Poisoned(nn.Module):
     """Returns the student's output, with NaN logits for one image."""
 
@@ -67,6 +78,23 @@ def test_a_term_that_is_finite_is_told_as_such(tmp_path: Path) -> None:
     assert facts["workers"][0]["sample_ids"] == [], "its batches have no numbers"
 
 
+@pytest.mark.parametrize(("limit", "step"), [(1.5, 2), (2.5, 3), (None, None)])
+def test_a_loss_that_explodes_is_divergence(limit: float | None, step: int | None, tmp_path: Path) -> None:
+    """The weight is 0, -1, -2 … at the steps, and so is the loss; the constant term stays at 2."""
+    config = scripted(epochs=1, max_loss=limit)
+    task = Counted([0.5], steps=4)
+    if step is None:
+        run(task, config, tmp_path)
+        assert task.steps_done == 4
+        return
+    message, facts = diverge(task, config, tmp_path)
+    slope = f"the loss, -{step} with its largest term "
+    assert slope in message
+    assert f"is beyond training.max_loss, {limit}, at step {step + 1}" in message
+    assert (facts["step"], facts["not_finite"]) == (step + 1, [])
+    assert facts["workers"][0]["finite"] == {"loss": -step, "slope": -step, "constant": 2.0}
+
+
 def test_samples_of_a_teachers_batch(tmp_path: Path) -> None:
     config = training(learning_rate=1e30)
     model = build_model("resnet8", TaskSpec(tuple("0123456789"), 16))
@@ -74,17 +102,6 @@ def test_samples_of_a_teachers_batch(tmp_path: Path) -> None:
     ids = facts["workers"][0]["sample_ids"]
     assert len(ids) == len(set(ids)) == 16
     assert set(ids) <= set(digits(0, 40).ids.tolist())
-
-
-class Counted(ScriptedTask):
-    """Infinite from its first step on; counts the steps."""
-
-    steps_done = 0
-
-    def batches(self, epoch: int, context: PlainContext, first_step: int = 0) -> Iterator[Any]:  # type: ignore[override]
-        for batch in super().batches(epoch, context, first_step):
-            self.steps_done += 1
-            yield batch
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(1, 1), (7, 1)])

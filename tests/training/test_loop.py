@@ -1,5 +1,6 @@
 """The loop on one worker: the same seed, the same weights; interrupted or not; best epoch; precision."""
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -246,14 +247,32 @@ def test_time_is_told_apart(tmp_path: Path) -> None:
     assert record.data_share == pytest.approx(record.data_seconds * record.images_per_second / 12)
 
 
-def test_train_accuracy(tmp_path: Path) -> None:
+def test_a_long_epoch_says_how_it_goes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the last line of all would say, of the steps so far: the weight is 0, -1, -2 at them."""
+    monkeypatch.setattr("tmkd_ray.training.loop._STEPS_EVERY_S", 0.0)
+    train(ScriptedTask([0.5], steps=3), scripted(epochs=1), PlainContext(tmp_path), "run", "test")
+    first, second, end = capsys.readouterr().err.splitlines()
+    assert first.startswith("test: epoch 1/1: 4/12 images  ")
+    assert second.startswith("test: epoch 1/1: 8/12 images  ")
+    assert " images/s" in second
+    assert "  loss 0.000  slope 0.000  constant 2.000  " in first
+    assert re.search(r" left  loss -0\.500  slope -0\.500  constant 2\.000  \d+ % waiting for data$", second)
+    assert "  loss -1.000  slope -1.000  constant 2.000  validation 50.0 %" in end
+
+
+def test_train_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = training(epochs=10, optimizer="adamw", learning_rate=0.01)
-    history = run(student_task(config, "alone"), config, tmp_path).history
+    history = train(student_task(config, "alone"), config, PlainContext(tmp_path), "run", "test").history
     values = [record.train_accuracy for record in history]
     assert all(value is not None and 0 <= value <= 1 for value in values)
     assert all(value is not None and (value * 32).is_integer() for value in values), "of two batches of 16"
     assert values[-1] is not None
     assert values[-1] > 0.3
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"epoch 10/10  loss {history[-1].loss:.3f}  ce {history[-1].terms['ce']:.3f}  training " in said
+    assert f"  training {100 * values[-1]:.1f} %  validation " in said
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
@@ -271,7 +290,7 @@ def test_gradient_clipping(precision: Precision, limit: float, step: float, tmp_
 
 def test_overflowing_gradients_are_skipped(tmp_path: Path) -> None:
     """float16 scales the loss by 2^16; where that overflows, the step is left out and the scale halved."""
-    config = scripted(epochs=2, learning_rate=1e-34, precision="float16")
+    config = scripted(epochs=2, learning_rate=1e-34, precision="float16", max_loss=None)
     task = ScriptedTask([0.5, 0.5], scale=1e34, steps=4)
     run(task, config, tmp_path / "whole")
     assert task.seen == pytest.approx([-3.0, -7.0], rel=1e-3)

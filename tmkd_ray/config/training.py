@@ -64,6 +64,11 @@ class TrainingConfig(Settings, allow_inf_nan=False):
         description="moving average of the weights, which is evaluated and kept; null: none",
     )
     max_gradient_norm: float | None = Field(default=None, gt=0)
+    max_loss: float | None = Field(
+        default=1e6,
+        gt=0,
+        description="of a step; beyond it the run stops as if it were infinite; null: none",
+    )
     precision: Precision = "float32"
     channels_last: bool | None = Field(
         default=None, description="memory layout of the network; null: where it pays (CPU; GPU below float32)"

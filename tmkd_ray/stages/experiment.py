@@ -36,6 +36,7 @@ _ONLY_WHERE_NOT_WHAT = {
     "compile",
     "checkpoint_every",
     "evaluation_batch_size",
+    "max_loss",
 }
 """Training settings that say where and how safely to run; global batch and schedule stay the same."""
 

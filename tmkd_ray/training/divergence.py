@@ -16,7 +16,7 @@ _MAX_IDS = 100_000
 
 
 class DivergedError(UserError):
-    """The loss became NaN or infinite; the message names the terms and the epoch."""
+    """The loss became NaN, infinite or far too large; the message names the terms and the epoch."""
 
 
 class LossWatch:
@@ -25,11 +25,15 @@ class LossWatch:
     Args:
         sample_ids: see `TrainTask.sample_ids`.
         folder: where `diverged.json` goes; None: it is not written.
+        max_loss: of a step, a worker's mean; beyond it in size the loss has exploded. None: infinity.
     """
 
-    def __init__(self, sample_ids: Callable[[Tensor], list[str]], folder: str | None) -> None:
+    def __init__(
+        self, sample_ids: Callable[[Tensor], list[str]], folder: str | None, max_loss: float | None = None
+    ) -> None:
         self.sample_ids = sample_ids
         self.folder = folder
+        self.max_loss = float("inf") if max_loss is None else max_loss
         self._steps: list[tuple[int, Tensor, Tensor | None]] = []
 
     def note(self, step: int, row: Tensor, batch: Any) -> None:
@@ -37,9 +41,14 @@ class LossWatch:
         self._steps.append((step, row, getattr(batch, "indices", None)))
 
     def num_bad(self) -> Tensor:
-        """Return the number of this worker's steps whose sums are not finite, on the device."""
+        """Return the number of this worker's steps that diverged, on the device."""
         rows = torch.stack([row for _, row, _ in self._steps])
-        return (~rows.isfinite()).any(dim=1).sum().double()
+        return self._is_bad(rows).sum().double()
+
+    def _is_bad(self, rows: Tensor) -> Tensor:
+        """Return bool [...] of sums [..., R]; what is NaN is below no bound."""
+        exploded = ~(rows[..., 0].abs() <= self.max_loss * rows[..., -1])
+        return exploded | (~rows.isfinite()).any(dim=-1)
 
     def clear(self) -> None:
         self._steps = []
@@ -56,6 +65,15 @@ class LossWatch:
         first = min(report["step"] for report in reports)
         reports = [report for report in reports if report["step"] == first]
         bad = [name for name in names if any(name in report["not_finite"] for report in reports)]
+        if bad:
+            what = f"{', '.join(bad)} is not finite"
+        else:
+            means = max((report["finite"] for report in reports), key=lambda means: abs(means["loss"]))
+            term = max(terms, key=lambda name: abs(means[name]), default="loss")
+            what = (
+                f"the loss, {means['loss']:.3g} with its largest term {term} {means[term]:.3g}, "
+                f"is beyond training.max_loss, {self.max_loss:g},"
+            )
         where = ""
         if self.folder is not None:
             path = storage.join(self.folder, "diverged.json")
@@ -65,13 +83,13 @@ class LossWatch:
                 storage.write_bytes(path, json.dumps(facts, indent=1).encode())
             context.barrier()
         return DivergedError(
-            f"training diverged in epoch {epoch + 1}: {', '.join(bad)} is not finite at step {first + 1}; "
+            f"training diverged in epoch {epoch + 1}: {what} at step {first + 1}; "
             "lower training.learning_rate, set training.max_gradient_norm, or lower that term's weight" + where
         )
 
     def _first_bad(self, names: Sequence[str]) -> dict[str, Any] | None:
         for step, row, indices in self._steps:
-            if not bool(row.isfinite().all()):
+            if bool(self._is_bad(row)):
                 *sums, _, count = row.tolist()
                 means = {name: value / count for name, value in zip(names, sums, strict=True)}
                 # JSON has no number for those that matter here.

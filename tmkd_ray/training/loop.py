@@ -6,7 +6,7 @@ that a run that was interrupted after any step goes on exactly as one that was n
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +72,7 @@ def train(
         folder: for `tensorboard/` and `diverged.json`, or URI; None: neither is written, no logger is used.
 
     Raises:
-        DivergedError: the loss is not finite.
+        DivergedError: the loss is not finite, or above `config.max_loss`.
         UserError: a logger's package is not installed, or the network cannot be compiled.
     """
     with contextlib.ExitStack() as stack:
@@ -97,7 +97,7 @@ class _Training:
         for note in task.notes:
             context.say(note)
         self.step = TrainStep(task, config, context)
-        self.watch = LossWatch(task.sample_ids, folder)
+        self.watch = LossWatch(task.sample_ids, folder, config.max_loss)
         self.next_look = 1
         self.steps_unheard = 0
         self.state = TrainingState(key)
@@ -139,15 +139,22 @@ class _Training:
         clock = _Clock()
         looked = partial.steps
         what = f"{self.label}: epoch {epoch + 1}/{config.epochs}"
-        steps_left = num_steps - partial.steps
-        progress = Rate(what, steps_left, "steps", _STEPS_EVERY_S, context.say, says_end=False)
+        batch_size = min(config.batch_size, self.task.num_samples)
+
+        def detail() -> str:
+            assert sums is not None
+            means = _means(self.step.terms, sums.tolist())
+            return f"{_figures(*means)}  {100 * clock.waiting():.0f} % waiting for data"
+
+        left = (num_steps - partial.steps) * batch_size
+        progress = Rate(what, left, "images", _STEPS_EVERY_S, context.say, says_end=False, detail=detail)
         for batch in clock.timed(self.task.batches(epoch, context, partial.steps)):
             _seed(config.seed, epoch, partial.steps, context.rank)
             row = self.step(batch, epoch + partial.steps / num_steps)
             self.watch.note(partial.steps, row, batch)
             sums = row if sums is None else sums + row
             partial.steps += 1
-            progress.advance(1)
+            progress.advance(batch_size)
             every = config.checkpoint_every_steps
             due = every is not None and partial.steps % every == 0 and partial.steps < num_steps
             if due or partial.steps - looked >= self.next_look:
@@ -164,7 +171,7 @@ class _Training:
             self._checkpoint(warned)
 
     def _look(self, clock: "_Clock", steps: int) -> bool:
-        """Raise if the loss is not finite; return whether a worker was warned. Settles when to look again."""
+        """Raise if the loss has diverged; return whether a worker was warned. Settles when to look again."""
         first = float(self.context.rank == 0)
         self.steps_unheard += steps
         warned = False
@@ -217,16 +224,16 @@ class _Training:
                 state.best_accuracy, state.best_epoch = accuracy, state.epoch + 1
                 kept = self.task.kept.state_dict()
                 state.best = {name: value.detach().cpu().clone() for name, value in kept.items()}
-        loss, *terms, correct, count = partial.sums
+        loss, terms, train_accuracy = _means(partial.terms, partial.sums)
         record = EpochRecord(
             epoch=state.epoch + 1,
             learning_rate=self.step.optimizer.param_groups[0]["lr"],
-            loss=loss / count,
-            terms={name: value / count for name, value in zip(partial.terms, terms, strict=True)},
-            train_accuracy=None if correct < 0 else correct / count,
+            loss=loss,
+            terms=terms,
+            train_accuracy=train_accuracy,
             validation_accuracy=accuracy,
             seconds=partial.seconds + time.perf_counter() - started,
-            images_per_second=count / partial.seconds,
+            images_per_second=partial.sums[-1] / partial.seconds,
             data_seconds=partial.data_seconds,
             data_share=min(partial.data_seconds / partial.seconds, 1.0),
         )
@@ -276,6 +283,10 @@ class _Clock:
                 return
             yield batch
 
+    def waiting(self) -> float:
+        """Return the part of the seconds since they were last taken that was waited."""
+        return self._waited / max(time.perf_counter() - self._taken, 1e-9)
+
     def lap(self) -> float:
         """Return the seconds since the last lap."""
         now = time.perf_counter()
@@ -300,11 +311,24 @@ def _position(state: TrainingState) -> str:
     return f"epoch {state.epoch}{within}"
 
 
+def _means(terms: Sequence[str], sums: Sequence[float]) -> tuple[float, dict[str, float], float | None]:
+    """Return loss, its terms and the accuracy on the training images, of the sums of steps."""
+    loss, *values, correct, count = sums
+    means = {name: value / count for name, value in zip(terms, values, strict=True)}
+    return loss / count, means, None if correct < 0 else correct / count
+
+
+def _figures(loss: float | None, terms: Mapping[str, float | None], train_accuracy: float | None) -> str:
+    values = {"loss": loss, **terms}
+    text = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+    return text if train_accuracy is None else f"{text}  training {100 * train_accuracy:.1f} %"
+
+
 def _epoch_line(label: str, record: EpochRecord, epochs: int, seconds_left: float) -> str:
-    terms = "  ".join(f"{name} {value:.3f}" for name, value in record.terms.items())
+    figures = _figures(record.loss, record.terms, record.train_accuracy)
     accuracy, waiting = 100 * (record.validation_accuracy or 0), 100 * (record.data_share or 0)
     return (
-        f"{label}: epoch {record.epoch}/{epochs}  loss {record.loss:.3f}  {terms}  "
+        f"{label}: epoch {record.epoch}/{epochs}  {figures}  "
         f"validation {accuracy:.1f} %  {record.images_per_second:,.0f} images/s, "
         f"{waiting:.0f} % waiting for data, {time_left(seconds_left)} left"
     )
