@@ -1,6 +1,7 @@
 """The three modes, and the store's commands, under a real Ray."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -80,8 +81,15 @@ def test_stores_of_every_image_format_train_a_student(tiny_copy, tmp_path, image
     assert main(["knowledge", *options]) == 0
     said = capsys.readouterr().err
     assert f"({dtype}, images {images})" in said
-    assert "holds the others back" in said
+    assert said.count("holds the others back") == 1
     assert said.count("variants/s") == 4
+    per_image = KnowledgeStore(str(tmp_path / "store")).manifest().bytes_per_image_and_variant() / 1024
+    estimated = float(re.search(r"about ([\d.]+) KB an image and variant", said)[1])
+    assert f"{per_image:.2f} KB an image and variant on disk" in said
+    assert said.index("about") < said.index("variants/s") < said.index("on disk"), (
+        "before the run, and after it"
+    )
+    assert estimated == pytest.approx(per_image, rel=0.5)
     assert main(["distill", *options]) == 0
     ((record,),) = histories(options)
     assert np.isfinite(record.loss)

@@ -53,6 +53,20 @@ def test_large_images_make_small_shards():
     assert rows * 2 * 3 * 224 * 224 * 3 <= 64 * 2**20 < (rows + 1) * 2 * 3 * 224 * 224 * 3
 
 
+def test_the_slowest_pool_holds_the_others_back():
+    """A stage's rate is what its actors could do together: six variants in 3 s, two at once, are 4 a second."""
+    seconds = {"views": 3.0, "feature": 2.0, "clip_embedding": 0.0, "write": 0.5}
+    actors = {"views": 2, "feature": 1, "clip_embedding": 1, "write": 2}
+    times = knowledge.StageTimes(seconds, actors, variants=6)
+    assert times.throughput() == {"views": 4.0, "feature": 3.0, "write": 24.0}
+    lines = times.lines()
+    assert [" ".join(line.split()) for line in lines] == [
+        "knowledge: views 4 variants/s (by 2, 3.0 s of work)",
+        "knowledge: visual teacher 3 variants/s (by 1, 2.0 s of work) ← holds the others back",
+        "knowledge: writing 24 variants/s (by 2, 0.5 s of work)",
+    ]
+
+
 @pytest.mark.parametrize(
     ("gpus", "workers", "of_worker", "of_teacher"),
     [

@@ -96,6 +96,11 @@ class Manifest:
     def total_bytes(self) -> int:
         return sum(shard.bytes for shard in self.shards)
 
+    def bytes_per_image_and_variant(self) -> float:
+        """Return the mean over both splits; of no image, all of it."""
+        pieces = sum(layout.num_variants * self.rows(split) for split, layout in self.layouts.items())
+        return self.total_bytes() / max(pieces, 1)
+
 
 @dataclass(frozen=True)
 class KnowledgeArrays:

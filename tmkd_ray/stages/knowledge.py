@@ -113,6 +113,9 @@ def compute_knowledge(experiment: Experiment, teacher: Fitted, clip_fitted: Fitt
             if missing or not _is_whole(experiment, store, bank):
                 _finish(experiment, store, layouts)
     manifest = store.manifest()
+    if times is not None:
+        size, total = manifest.bytes_per_image_and_variant(), manifest.total_bytes()
+        say(f"knowledge: {size / 1024:.2f} KB an image and variant on disk, {total / 2**20:,.0f} MB in all")
     for line in list_set_aside("knowledge", [SetAside(**entry) for entry in manifest.set_aside]):
         say(line)
     return KnowledgeResult(

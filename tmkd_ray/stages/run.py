@@ -197,13 +197,12 @@ def _clip_record(clip: Fitted, knowledge: KnowledgeResult, quality: TeacherQuali
 def _knowledge_record(experiment: Experiment, knowledge: KnowledgeResult) -> KnowledgeRecord:
     manifest = knowledge.manifest
     variants = experiment.config.knowledge.num_variants
-    pieces = variants * manifest.rows("train") + manifest.rows("validation")
     times = knowledge.times
     return KnowledgeRecord(
         num_images=manifest.rows("train") + manifest.rows("validation"),
         num_variants=variants,
         views=manifest.layouts["train"].views,
-        bytes_per_image_and_variant=manifest.total_bytes() / pieces,
+        bytes_per_image_and_variant=manifest.bytes_per_image_and_variant(),
         total_bytes=manifest.total_bytes(),
         seconds=knowledge.seconds,
         images_per_second=0.0 if times is None else times.variants / knowledge.seconds,
