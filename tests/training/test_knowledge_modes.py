@@ -15,6 +15,7 @@ import pytest
 import torch
 from training_samples import CIFAR, MEAN, SIZE, STD, build_clip, training
 
+from tmkd_ray.augmentation import AugmentationConfig, ColorJitterConfig
 from tmkd_ray.config import TrainingConfig
 from tmkd_ray.datasets import build_dataset
 from tmkd_ray.datasets.base import ImageDataset, SampleIndex
@@ -41,6 +42,7 @@ from tmkd_ray.views.base import View
 
 N, BATCH, AUGMENTATION_SEED, SEED = 50, 8, 11, 2
 CPU = torch.device("cpu")
+JITTERED = AugmentationConfig(recipe="imagenet", color_jitter=ColorJitterConfig())
 
 
 class Streamed(BatchSource):
@@ -57,7 +59,7 @@ class Streamed(BatchSource):
     ) -> Iterator[Batch]:
         bed = self.bed
         plan = StreamPlan(bed.index, seed, batch_size, world_size, bed.layout.image_size**2 * 3 * 2)
-        views = ViewStage(bed.dataset, bed.views, bed.layouts, CIFAR, AUGMENTATION_SEED, "crops")
+        views = ViewStage(bed.dataset, bed.views, bed.layouts, bed.augmentation, AUGMENTATION_SEED, "crops")
         stages = [
             StreamedViewStage(plan, views),
             VisualStage(bed.visual, bed.layouts, "cpu", 16),
@@ -94,8 +96,14 @@ class Bed:
     """Digits, two small teachers, and a source of batches for each mode."""
 
     def __init__(
-        self, folder: Path, dtype: str = "float32", images: str = "raw", num_variants: int = 1
+        self,
+        folder: Path,
+        dtype: str = "float32",
+        images: str = "raw",
+        num_variants: int = 1,
+        augmentation: AugmentationConfig = CIFAR,
     ) -> None:
+        self.augmentation = augmentation
         self.dataset: ImageDataset = build_dataset(DigitsConfig(image_size=SIZE))
         self.index: SampleIndex = self.dataset.index("train").take(np.arange(N))
         self.views: dict[str, View] = {name: build_view(name, {}) for name in ("original", "edge")}
@@ -118,7 +126,7 @@ class Bed:
         store = KnowledgeStore(str(self.folder / "store"))
         store.begin({"version": 1})
         stages = [
-            ViewStage(self.dataset, self.views, self.layouts, CIFAR, AUGMENTATION_SEED),
+            ViewStage(self.dataset, self.views, self.layouts, self.augmentation, AUGMENTATION_SEED),
             VisualStage(self.visual, self.layouts, "cpu", 16),
             ClipStage(self.clip, self.layouts, "cpu", 16),
             ShardWriter(store, self.layouts),
@@ -129,7 +137,7 @@ class Bed:
             for stage in stages:
                 table = stage(table)
         store.finish(CLASS_NAMES, self.layouts, {"train": len(plans)})
-        return ResidentKnowledge(store.read("train"), CPU, CIFAR, SEED)
+        return ResidentKnowledge(store.read("train"), CPU, self.augmentation, SEED)
 
     def images(self) -> LoadedImages:
         return load_images(self.dataset, "train", self.index)
@@ -138,7 +146,14 @@ class Bed:
         loaded = self.images()
         teachers = FrozenTeachers(self.visual, self.clip, CPU, 16, 16, with_maps=with_maps)
         return OnlineKnowledge(
-            loaded.images, loaded.labels, loaded.ids, self.views, teachers, CPU, CIFAR, AUGMENTATION_SEED
+            loaded.images,
+            loaded.labels,
+            loaded.ids,
+            self.views,
+            teachers,
+            CPU,
+            self.augmentation,
+            AUGMENTATION_SEED,
         )
 
     def sources(self) -> dict[str, BatchSource]:
@@ -175,8 +190,15 @@ def bed(tmp_path: Path) -> Bed:
     return Bed(tmp_path)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_same_batches_and_pixels_in_all_modes(bed: Bed, world_size: int) -> None:
+@pytest.mark.parametrize(
+    ("augmentation", "world_size"),
+    [(CIFAR, 2), (JITTERED, 1), (AugmentationConfig(recipe="moco_v2"), 1)],
+    ids=["cifar", "imagenet", "moco_v2"],
+)
+def test_same_batches_and_pixels_in_all_modes(
+    augmentation: AugmentationConfig, world_size: int, tmp_path: Path
+) -> None:
+    bed = Bed(tmp_path, augmentation=augmentation)
     for rank in range(world_size):
         batches = {
             mode: list(source.batches(0, BATCH, SEED, rank, world_size))

@@ -37,6 +37,8 @@ OBJECTIVES: dict[str, Any] = {
 NUM_IMAGES = 43
 """Two batches of 16 and a rest that no epoch uses."""
 
+HANDED_OVER = training(epochs=3, ema_decay=0.9, checkpoint_every_steps=1)
+
 
 def build_resnet() -> Any:
     return build_model("resnet8", TaskSpec(tuple("0123456789"), SIZE))
@@ -104,6 +106,13 @@ def scenario(folder: Path) -> dict[str, Any]:
     task = student_task(several, "kd", TinyClassifier, train, initial_seed=context.rank)
     results["several"] = run(task, several, folder / "several").weights
 
+    # One worker trained until here, and another takes over from these two.
+    task = student_task(HANDED_OVER, "kd", TinyClassifier, train, initial_seed=9)
+    outcome = run(task, HANDED_OVER, folder / "from one")
+    results["from one"] = (outcome.weights, timeless(outcome.history))
+    task = student_task(HANDED_OVER, "kd", TinyClassifier, train)
+    interrupt(task, HANDED_OVER, folder / "from two", epoch=1, step=1)
+
     damaged = folder / "damaged"
     interrupt(student_task(config, "kd", TinyClassifier, train), config, damaged, epoch=2)
     if context.rank == 0:
@@ -136,7 +145,12 @@ def scenario(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return spawn(scenario, tmp_path_factory.mktemp("workers"))
+    folder = tmp_path_factory.mktemp("workers")
+    task = student_task(HANDED_OVER, "kd", TinyClassifier, knowledge(0, NUM_IMAGES))
+    interrupt(task, HANDED_OVER, folder / "from one", epoch=1, step=1)
+    results = spawn(scenario, folder)
+    results[0]["folder"] = folder
+    return results
 
 
 def test_there_are_two(workers: list[dict[str, Any]]) -> None:
@@ -217,6 +231,27 @@ def test_averages_and_micro_batches_of_two_workers_are_those_of_one(
     for worker in workers:
         for name, value in expected.items():
             torch.testing.assert_close(worker["several"][name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_the_number_of_workers_may_change_within_an_epoch(
+    workers: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """A run that more or fewer workers take up goes on with the same batches and schedule."""
+
+    def task(seed: int) -> TrainTask:
+        return student_task(HANDED_OVER, "kd", TinyClassifier, knowledge(0, NUM_IMAGES), initial_seed=seed)
+
+    expected = run(task(0), HANDED_OVER, tmp_path)
+    to_one = run(task(9), HANDED_OVER, workers[0]["folder"] / "from two")
+    for weights, history in [
+        (to_one.weights, timeless(to_one.history)),
+        *(worker["from one"] for worker in workers),
+    ]:
+        for name, value in expected.weights.items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-5)
+        for found, wanted in zip(history, timeless(expected.history), strict=True):
+            assert found.pop("terms") == pytest.approx(wanted.pop("terms"), rel=1e-4)
+            assert found == pytest.approx(wanted, rel=1e-4)
 
 
 def test_all_workers_pass_over_a_damaged_checkpoint(workers: list[dict[str, Any]]) -> None:
