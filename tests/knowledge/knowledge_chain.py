@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -137,3 +138,17 @@ def digits_chain(clip: ClipTeacher | None) -> Chain:
 def contents(folder: Path) -> dict[str, bytes]:
     """Return every file below a folder by its relative path."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def write_with_bank(chain: Chain, folder: Path, **changes: Any) -> KnowledgeStore:
+    """Compute a whole store with a text bank, of layouts changed so."""
+    layouts = {split: replace(layout, **changes) for split, layout in chain.layouts.items()}
+    store = replace(chain, layouts=layouts).write(folder)
+    if chain.clip is not None:
+        bank = chain.clip.text_bank([["a photo of a {}."]] * 3, chain.dataset.class_names)
+        store.write_text_bank("bank", bank, chain.clip.temperature)
+    return store
+
+
+def shard_file(store: KnowledgeStore, split: str, number: int) -> Path:
+    return Path(store.path) / split / store.committed()[split, number].file

@@ -14,7 +14,8 @@ from tmkd_ray import storage
 from tmkd_ray.errors import UserError
 from tmkd_ray.knowledge.lease import FILE, Claim, WriterLease
 from tmkd_ray.knowledge.store import SPLITS, KnowledgeStore
-from tmkd_ray.knowledge.verification import describe_store, verify_store
+from tmkd_ray.knowledge.summary import describe_store
+from tmkd_ray.knowledge.verification import verify_store
 
 CLAIM = Claim("elsewhere", "another boot", 4711, 99, "theirs", "2026-01-31T12:00:00+00:00", "")
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,53 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
-from knowledge_chain import FINGERPRINT, Chain, contents, digits_chain
+from knowledge_chain import contents, digits_chain, shard_file, write_with_bank
 
 from tmkd_ray.errors import UserError
 from tmkd_ray.knowledge.layout import KnowledgeLayout, decode_array, encode_array
-from tmkd_ray.knowledge.quality import measure_quality
 from tmkd_ray.knowledge.store import KnowledgeStore
-from tmkd_ray.knowledge.verification import describe_store, format_summary, verify_store
-
-VIEWS = ("original", "edge", "high_frequency")
-
-
-def write(chain: Chain, folder: Path, **changes: Any) -> KnowledgeStore:
-    layouts = {split: replace(layout, **changes) for split, layout in chain.layouts.items()}
-    store = replace(chain, layouts=layouts).write(folder)
-    if chain.clip is not None:
-        bank = chain.clip.text_bank([["a photo of a {}."]] * 3, chain.dataset.class_names)
-        store.write_text_bank("bank", bank, chain.clip.temperature)
-    return store
-
-
-@pytest.fixture(scope="module")
-def originals(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
-    """Files of a sound store of each kind; copied for every test that spoils one."""
-    folder = tmp_path_factory.mktemp("sound")
-    kinds: dict[str, dict[str, Any]] = {
-        "plain": {},
-        "float32": {"dtype": "float32", "image_format": "lossless"},
-        "int8": {"dtype": "int8", "image_format": "jpeg"},
-    }
-    for kind, changes in kinds.items():
-        write(chain, folder / kind, **changes)
-    return {kind: contents(folder / kind) for kind in kinds}
-
-
-@pytest.fixture
-def copied(originals: dict[str, dict[str, bytes]], tmp_path: Path) -> Callable[[str], KnowledgeStore]:
-    def copy(kind: str) -> KnowledgeStore:
-        for name, content in originals[kind].items():
-            (tmp_path / name).parent.mkdir(exist_ok=True)
-            (tmp_path / name).write_bytes(content)
-        return KnowledgeStore(str(tmp_path))
-
-    return copy
-
-
-def shard_file(store: KnowledgeStore, split: str, number: int) -> Path:
-    return Path(store.path) / split / store.committed()[split, number].file
+from tmkd_ray.knowledge.verification import verify_store
 
 
 def rewrite(
@@ -99,8 +57,8 @@ def replace_values(column: str, change: Callable[[list[Any]], list[Any]]) -> Any
 
 
 @pytest.mark.parametrize("kind", ["plain", "float32", "int8"])
-def test_a_sound_store(kind: str, copied: Callable[[str], KnowledgeStore]) -> None:
-    store = copied(kind)
+def test_a_sound_store(kind: str, sound_store: Callable[[str], KnowledgeStore]) -> None:
+    store = sound_store(kind)
     before, told = contents(Path(store.path)), []
     assert verify_store(store, lambda done, total: told.append((done, total))) == []
     assert told == [(done, 6) for done in range(1, 7)]
@@ -110,7 +68,7 @@ def test_a_sound_store(kind: str, copied: Callable[[str], KnowledgeStore]) -> No
 def test_sound_without_clip_without_images_without_training_images(tmp_path: Path) -> None:
     chain = digits_chain(None)
     validation = replace(chain, train=chain.train.take(np.arange(0)))
-    assert verify_store(write(validation, tmp_path, image_format="reference")) == []
+    assert verify_store(write_with_bank(validation, tmp_path, image_format="reference")) == []
 
 
 @pytest.mark.parametrize(
@@ -123,9 +81,9 @@ def test_sound_without_clip_without_images_without_training_images(tmp_path: Pat
     ],
 )
 def test_a_damaged_shard(
-    damage: Callable[[bytes], bytes] | None, says: str, copied: Callable[[str], KnowledgeStore]
+    damage: Callable[[bytes], bytes] | None, says: str, sound_store: Callable[[str], KnowledgeStore]
 ) -> None:
-    store = copied("plain")
+    store = sound_store("plain")
     file = shard_file(store, "train", 2)
     if damage is None:
         file.unlink()
@@ -205,16 +163,16 @@ def spoil(position: tuple[Any, ...], value: float) -> Callable[[np.ndarray], Non
     ],
 )
 def test_wrong_values_are_named_with_their_sample(
-    kind: str, edit: Any, says: str, copied: Callable[[str], KnowledgeStore]
+    kind: str, edit: Any, says: str, sound_store: Callable[[str], KnowledgeStore]
 ) -> None:
-    store = copied(kind)
+    store = sound_store(kind)
     ids = [repr(sample) for sample in store.read("train").ids[8:16].tolist()]
     file = rewrite(store, "train", 1, edit)
     assert verify_store(store) == [f"{file}: {says.format(*ids)}"]
 
 
-def test_the_same_id_twice(copied: Callable[[str], KnowledgeStore]) -> None:
-    store = copied("plain")
+def test_the_same_id_twice(sound_store: Callable[[str], KnowledgeStore]) -> None:
+    store = sound_store("plain")
     first = str(store.read("train").ids[3])
     file = rewrite(store, "train", 1, replace_values("id", lambda ids: [ids[0], first, *ids[2:7], ids[0]]))
     other = store.committed()["train", 0].file
@@ -226,11 +184,11 @@ def test_the_same_id_twice(copied: Callable[[str], KnowledgeStore]) -> None:
     ]
 
 
-def test_columns_that_the_layout_does_not_have(copied: Callable[[str], KnowledgeStore]) -> None:
-    store = copied("plain")
+def test_columns_that_the_layout_does_not_have(sound_store: Callable[[str], KnowledgeStore]) -> None:
+    store = sound_store("plain")
     file = rewrite(store, "validation", 0, lambda table, layout: table.drop_columns(["clip_embedding"]))
     assert verify_store(store) == [f"{file}: its columns or metadata are not those of the manifest's layout"]
-    store = copied("plain")
+    store = sound_store("plain")
 
     def other_metadata(table: pa.Table, layout: KnowledgeLayout) -> pa.Table:
         views = layout.views[::-1]
@@ -240,8 +198,8 @@ def test_columns_that_the_layout_does_not_have(copied: Callable[[str], Knowledge
     assert verify_store(store) == [f"{file}: its columns or metadata are not those of the manifest's layout"]
 
 
-def test_a_manifest_that_counts_wrong(copied: Callable[[str], KnowledgeStore]) -> None:
-    store = copied("plain")
+def test_a_manifest_that_counts_wrong(sound_store: Callable[[str], KnowledgeStore]) -> None:
+    store = sound_store("plain")
     file = Path(store.at("manifest.json"))
     content = json.loads(file.read_text())
     content["shards"][0]["rows"] += 1
@@ -255,9 +213,9 @@ def test_a_manifest_that_counts_wrong(copied: Callable[[str], KnowledgeStore]) -
     ]
 
 
-def test_a_shard_that_is_not_parquet(copied: Callable[[str], KnowledgeStore]) -> None:
+def test_a_shard_that_is_not_parquet(sound_store: Callable[[str], KnowledgeStore]) -> None:
     """With a manifest that vouches for it."""
-    store = copied("plain")
+    store = sound_store("plain")
     text = Path(store.at("manifest.json")).read_text()
     record = store.committed()["validation", 0]
     content = b"PAR1 but nothing else"
@@ -281,8 +239,8 @@ def test_a_shard_that_is_not_parquet(copied: Callable[[str], KnowledgeStore]) ->
         ("text_banks/notes.txt", "not a text bank"),
     ],
 )
-def test_files_that_nothing_names(name: str, says: str, copied: Callable[[str], KnowledgeStore]) -> None:
-    store = copied("plain")
+def test_files_that_nothing_names(name: str, says: str, sound_store: Callable[[str], KnowledgeStore]) -> None:
+    store = sound_store("plain")
     Path(store.at(name)).write_bytes(b"{}")
     assert verify_store(store) == [f"{store.path}/{name}: {says}"]
 
@@ -290,9 +248,9 @@ def test_files_that_nothing_names(name: str, says: str, copied: Callable[[str], 
 @pytest.mark.parametrize("content", [None, b"", b"{}", b'{"version": 2}'])
 @pytest.mark.parametrize("name", ["train/00003.json", "fingerprint.json"])
 def test_small_files_that_disagree(
-    content: bytes | None, name: str, copied: Callable[[str], KnowledgeStore]
+    content: bytes | None, name: str, sound_store: Callable[[str], KnowledgeStore]
 ) -> None:
-    store = copied("plain")
+    store = sound_store("plain")
     file = Path(store.at(name))
     if content is None:
         file.unlink()
@@ -342,17 +300,17 @@ UNIT = torch.nn.functional.normalize(torch.ones(3, 10, 24), dim=-1)
     ],
 )
 def test_head_and_text_banks(
-    damage: Callable[[KnowledgeStore], None], name: str, says: str, copied: Callable[[str], KnowledgeStore]
+    damage: Callable[[KnowledgeStore], None], name: str, says: str, sound_store: Callable[[str], KnowledgeStore]
 ) -> None:
-    store = copied("plain")
+    store = sound_store("plain")
     damage(store)
     (problem,) = verify_store(store)
     assert store.at(name) in problem
     assert says in problem
 
 
-def test_without_a_usable_manifest(copied: Callable[[str], KnowledgeStore], tmp_path: Path) -> None:
-    store = copied("plain")
+def test_without_a_usable_manifest(sound_store: Callable[[str], KnowledgeStore], tmp_path: Path) -> None:
+    store = sound_store("plain")
     file = Path(store.at("manifest.json"))
     text = file.read_text()
     file.write_text(text[:-50])
@@ -364,118 +322,3 @@ def test_without_a_usable_manifest(copied: Callable[[str], KnowledgeStore], tmp_
     file.unlink()
     with pytest.raises(UserError, match="no finished knowledge store"):
         verify_store(store)
-
-
-RICH = FINGERPRINT | {
-    "dataset": {"name": "digits", "num_train": 32},
-    "visual_teacher": {"model": "resnet8", "weights": "ab" * 32, "batch_size": 7},
-    "text_teacher": {"weights": "cd" * 32, "batch_size": 50},
-}
-
-
-def rich(store: KnowledgeStore, chain: Chain) -> KnowledgeStore:
-    """Give a store the fingerprint that a run writes."""
-    Path(store.at("fingerprint.json")).write_text(json.dumps(RICH))
-    chain.finish(store)
-    return store
-
-
-def test_summary(chain: Chain, copied: Callable[[str], KnowledgeStore]) -> None:
-    store = rich(copied("plain"), chain)
-    manifest = store.manifest()
-    summary = describe_store(store, weighting="confidence", fusion_temperature=0.2)
-    quality = measure_quality(store.read("validation"), store.constants("bank"), "confidence", 0.2, None)
-    assert summary.quality == quality
-    assert (summary.text_bank, summary.weighting, summary.fusion_temperature) == ("bank", "confidence", 0.2)
-    assert chain.clip is not None
-    assert summary.clip_temperature == pytest.approx(chain.clip.temperature)
-    train, validation = len(chain.train), len(chain.validation)
-    assert summary.splits["train"].rows == train
-    assert summary.splits["train"].num_shards == 4
-    on_disk = {
-        split: sum(f.stat().st_size for f in Path(store.at(split)).glob("*.parquet"))
-        for split in summary.splits
-    }
-    assert {name: split.num_bytes for name, split in summary.splits.items()} == on_disk
-    assert summary.bytes_per_image_and_variant == pytest.approx(
-        sum(on_disk.values()) / (train * 3 + validation)
-    )
-    assert summary.class_names == manifest.class_names
-
-    lines = format_summary(summary).splitlines()
-    assert lines[0] == f"knowledge store {store.path}: finished"
-    said = {line[2:22].strip(): line[22:] for line in lines}
-    assert said["dataset"] == "digits"
-    assert said["classes"].startswith("10: ")
-    assert said["views"] == "original, edge, high_frequency"
-    assert said["images"] == "16×16 pixels, raw"
-    assert said["numbers"] == "float16"
-    assert said["feature width"] == "64"
-    assert said["embedding width"] == "24"
-    assert said["train"].startswith(f"{train} images, variants of each: 3; 4 shards, ")
-    assert said["validation"].startswith(f"{validation} images, variants of each: 1; 2 shards, ")
-    assert said["visual teacher"] == "resnet8, weights abababababab…"
-    assert said["text teacher"] == "CLIP, weights cdcdcdcdcdcd…"
-    for view in VIEWS:
-        assert f"{view} {100 * quality.views[view]:.1f} %" in said["each view"]
-        assert f"{view} {100 * quality.zero_shot[view]:.1f} %" in said["CLIP zero-shot"]
-    for name in ("uniform", "semantic", "oracle"):
-        assert f"{name} {100 * quality.fused[name]:.1f} %" in said["fused"]
-    text = "\n".join(lines)
-    assert "weighting confidence; fusion temperature 0.2" in text
-    assert "text bank bank" in text
-    assert "  views.edge.strength = 0.5" in lines
-    assert "  visual_teacher.batch_size = 7" in lines
-    assert "  view_order = original, edge" in lines
-    assert "looks at the label" in format_summary(describe_store(store))
-
-
-def test_the_newest_text_bank_unless_one_is_named(copied: Callable[[str], KnowledgeStore]) -> None:
-    store = copied("plain")
-    store.write_text_bank("another", UNIT, 0.5)
-    os.utime(store.at("text_banks", "another.safetensors"), (1, 1))
-    assert describe_store(store).text_bank == "bank"
-    assert describe_store(store, "another").text_bank == "another"
-    assert describe_store(store, "another").clip_temperature == 0.5
-    os.utime(store.at(BANK), (0, 0))
-    assert describe_store(store).text_bank == "another"
-    with pytest.raises(UserError, match="no text bank"):
-        describe_store(store, "a third")
-    Path(store.at(BANK)).unlink()
-    Path(store.at("text_banks", "another.safetensors")).unlink()
-    quality = describe_store(store).quality
-    assert quality is not None
-    assert quality.zero_shot == {}
-
-
-def test_summary_without_clip_and_with_images_set_aside(tmp_path: Path) -> None:
-    chain = digits_chain(None)
-    store = write(chain, tmp_path, image_format="reference", dtype="int8")
-    table = pq.read_table(shard_file(store, "train", 0))
-    aside = [{"id": f"bad/{number}", "reason": "truncated"} for number in range(12)]
-    store.write_shard("train", 0, table, aside)
-    layouts = store.manifest().layouts
-    store.finish(chain.dataset.class_names, layouts, {"train": 4, "validation": 2})
-    text = format_summary(describe_store(store))
-    assert "12 unreadable images" in text
-    assert "    bad/9: truncated\n    … and 2 more\n" in text
-    assert "no text teacher" in text
-    assert "CLIP zero-shot" not in text
-    assert "16×16 pixels, reference" in text
-
-
-def test_summary_of_what_is_not_finished(chain: Chain, tmp_path: Path) -> None:
-    store = KnowledgeStore(str(tmp_path))
-    with pytest.raises(UserError, match=f"no knowledge store at {tmp_path}"):
-        describe_store(store)
-    store.begin(FINGERPRINT)
-    assert "not finished, 0 shards so far" in format_summary(describe_store(store))
-    chain.compute(chain.plans()[:2], store)
-    summary = describe_store(store)
-    assert not summary.finished
-    assert summary.quality is None
-    assert summary.splits["train"].rows == 16
-    assert summary.splits["train"].layout == chain.layouts["train"]
-    text = format_summary(summary)
-    assert text.startswith(f"knowledge store {tmp_path}: not finished, 2 shards so far\n")
-    assert "16 images, variants of each: 3; 2 shards" in text

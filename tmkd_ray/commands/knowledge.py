@@ -52,7 +52,8 @@ def _inspect(action: str, path: str | None, config: str | None, overrides: list[
     """Show or verify a store; return the exit code."""
     from tmkd_ray import storage
     from tmkd_ray.knowledge import KnowledgeStore
-    from tmkd_ray.knowledge.verification import describe_store, format_summary, verify_store
+    from tmkd_ray.knowledge.summary import describe_store, format_summary
+    from tmkd_ray.knowledge.verification import verify_store
     from tmkd_ray.progress import Rate
     from tmkd_ray.stages.experiment import knowledge_path
 
