@@ -91,6 +91,16 @@ def test_a_finished_store_stays_claimed(chain: Chain, tmp_path: Path) -> None:
     store.begin(FINGERPRINT)
 
 
+def test_knowledge_of_unknown_origin_is_not_gone_on_with(chain: Chain, tmp_path: Path) -> None:
+    store = KnowledgeStore(str(tmp_path))
+    store.begin(FINGERPRINT)
+    chain.compute(chain.plans()[:1], store)
+    (tmp_path / "fingerprint.json").unlink()
+    with pytest.raises(UserError, match=rf"{tmp_path}/fingerprint\.json is missing.*delete the folder"):
+        store.begin(FINGERPRINT)
+    assert not (tmp_path / "fingerprint.json").exists()
+
+
 @pytest.fixture(scope="module")
 def wanted(chain: Chain) -> Any:
     """The fingerprint of a configuration: made by the stage, which imports Ray; none is started."""

@@ -163,6 +163,12 @@ def test_lost_shards_are_computed_again_and_only_they(tiny_run, tmp_path, capsys
     assert "in 1 shards" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in (store / "train").iterdir()} == before
     assert kept.stat().st_mtime_ns == kept_time
+    # As the message on a damaged classifier says; no teacher looks at an image for it.
+    head = (store / "head.safetensors").read_bytes()
+    (store / "head.safetensors").unlink()
+    assert main(["knowledge", *options]) == 0
+    assert "to compute" not in capsys.readouterr().err
+    assert (store / "head.safetensors").read_bytes() == head
 
 
 def test_unreadable_images_are_set_aside_and_listed(ray_cluster, tmp_path, capsys):

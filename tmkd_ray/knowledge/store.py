@@ -170,12 +170,31 @@ class KnowledgeStore:
 
         Raises:
             KnowledgeMismatchError: it holds another configuration's knowledge.
+            UserError: it holds knowledge of which nothing says what it depends on.
+        """
+        if self.is_finished() or self.committed():
+            self.check(fingerprint)
+        else:
+            storage.write_bytes(self.at("fingerprint.json"), _json(fingerprint))
+
+    def check(self, fingerprint: Fingerprint, partly: bool = False) -> None:
+        """Make sure that what lies there is of this fingerprint.
+
+        Args:
+            partly: the stored one may have more parts.
+
+        Raises:
+            KnowledgeMismatchError, UserError: as for `begin`.
         """
         stored = self.fingerprint()
-        if stored is None or not (self.is_finished() or self.committed()):
-            storage.write_bytes(self.at("fingerprint.json"), _json(fingerprint))
-        else:
-            check_match(stored, fingerprint, self.path)
+        if stored is None:
+            raise UserError(
+                f"{self.at('fingerprint.json')} is missing: it cannot be told what the shards beside it were "
+                "computed from; delete the folder and run `tmkd knowledge` again"
+            )
+        if partly:
+            stored = {name: stored.get(name) for name in fingerprint}
+        check_match(stored, fingerprint, self.path)
 
     def fingerprint(self) -> Fingerprint | None:
         """Return what the content depends on; None where there is no store yet.
@@ -243,6 +262,9 @@ class KnowledgeStore:
         """Keep the visual teacher's classifier."""
         tensors = {"weight": weight_CD.float().contiguous(), "bias": bias_C.float().contiguous()}
         storage.write_bytes(self.at("head.safetensors"), safetensors.torch.save(tensors))
+
+    def has_head(self) -> bool:
+        return storage.exists(self.at("head.safetensors"))
 
     def has_text_bank(self, key: str) -> bool:
         return storage.exists(self.at("text_banks", f"{key}.safetensors"))

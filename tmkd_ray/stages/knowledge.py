@@ -12,7 +12,7 @@ from tmkd_ray.errors import UserError
 from tmkd_ray.fusion import TeacherConstants
 from tmkd_ray.knowledge import KnowledgeLayout, KnowledgeStore, Manifest, compute
 from tmkd_ray.knowledge.compute import STAGES, ShardPlan, ShardWriter, ViewStage, plan_shards
-from tmkd_ray.knowledge.fingerprint import Fingerprint, check_match
+from tmkd_ray.knowledge.fingerprint import Fingerprint
 from tmkd_ray.knowledge.lease import WriterLease
 from tmkd_ray.knowledge.store import text_bank_key
 from tmkd_ray.stages.experiment import Experiment
@@ -61,16 +61,16 @@ def check_store(
 
     Raises:
         KnowledgeMismatchError: names every difference.
+        UserError: nothing says what the store was computed from.
     """
     store = KnowledgeStore(experiment.store_path)
-    stored = store.fingerprint()
-    if stored is None or not store.committed():
+    if not store.committed():
         return
     wanted = _without_teachers(experiment)
     if teacher is not None:
         clip = None if clip_fitted is None else ClipTeacher.load(clip_fitted.path)
         wanted = fingerprint(experiment, load_teacher(experiment, teacher), clip)
-    check_match({name: stored.get(name) for name in wanted}, wanted, experiment.store_path)
+    store.check(wanted, partly=True)
 
 
 def compute_knowledge(experiment: Experiment, teacher: Fitted, clip_fitted: Fitted | None) -> KnowledgeResult:
@@ -192,19 +192,20 @@ def _missing(experiment: Experiment, store: KnowledgeStore, wanted: Fingerprint)
     Raises:
         KnowledgeMismatchError: it is another configuration's store.
     """
-    stored, done = store.fingerprint(), store.committed()
-    if stored is not None and done:
-        check_match(stored, wanted, store.path)
+    done = store.committed()
+    if done:
+        store.check(wanted)
     return [plan for plan in _plans(experiment) if (plan.split, plan.number) not in done]
 
 
 def _is_whole(experiment: Experiment, store: KnowledgeStore, bank: str | None) -> bool:
     """Return whether a store without missing shards lacks nothing else either."""
-    if not store.is_finished() or (bank is not None and not store.has_text_bank(bank)):
+    there = store.is_finished() and store.has_head() and (bank is None or store.has_text_bank(bank))
+    if not there:
         return False
     manifest = store.manifest()
-    there = Counter(shard.split for shard in manifest.shards)
-    enough = all(there[split] == count for split, count in num_shards(experiment).items())
+    shards = Counter(shard.split for shard in manifest.shards)
+    enough = all(shards[split] == count for split, count in num_shards(experiment).items())
     return enough and manifest.class_names == experiment.task.class_names
 
 
