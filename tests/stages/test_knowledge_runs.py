@@ -65,6 +65,11 @@ def test_a_stream_serves_several_epochs_and_few_labels(tiny_copy, capsys):
     options = [*TINY, f"output={tiny_copy}", "methods={kd: kd, alone: alone}", "seeds=null"]
     options += ["knowledge.mode=streaming", "training.epochs=3", "training.batch_size=10"]
     assert main(["run", *options]) == 0
+    beside = capsys.readouterr().err.partition("training 1 of 2: kd")[2]
+    assert beside.count("holds the others back") == 1, (
+        "of the teachers beside the training, after its first epoch"
+    )
+    assert re.findall(r"knowledge: (.*\S) +[\d,]+ variants/s", beside) == ["views", "visual teacher", "CLIP"]
     kd, alone = histories(options)
     assert [record.epoch for record in kd] == [record.epoch for record in alone] == [1, 2, 3]
     assert "kd" in kd[0].terms

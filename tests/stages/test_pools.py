@@ -6,6 +6,7 @@ import pytest
 
 from tmkd_ray.config import PoolConfig, TeacherPoolConfig, TrainingConfig
 from tmkd_ray.stages import knowledge, pipeline, training
+from tmkd_ray.stages.throughput import StageTimes
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,9 @@ def test_the_slowest_pool_holds_the_others_back():
     """A stage's rate is what its actors could do together: six variants in 3 s, two at once, are 4 a second."""
     seconds = {"views": 3.0, "feature": 2.0, "clip_embedding": 0.0, "write": 0.5}
     actors = {"views": 2, "feature": 1, "clip_embedding": 1, "write": 2}
-    times = knowledge.StageTimes(seconds, actors, variants=6)
+    times = StageTimes(actors)
+    for part in (seconds, {}):
+        times.add({f"{stage}_seconds": second for stage, second in part.items()}, variants=3)
     assert times.throughput() == {"views": 4.0, "feature": 3.0, "write": 24.0}
     lines = times.lines()
     assert [" ".join(line.split()) for line in lines] == [

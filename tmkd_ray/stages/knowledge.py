@@ -11,7 +11,7 @@ from tmkd_ray.datasets.decode import SetAside, list_set_aside
 from tmkd_ray.errors import UserError
 from tmkd_ray.fusion import TeacherConstants
 from tmkd_ray.knowledge import KnowledgeLayout, KnowledgeStore, Manifest, compute
-from tmkd_ray.knowledge.compute import STAGES, ShardPlan, ShardWriter, ViewStage, plan_shards
+from tmkd_ray.knowledge.compute import ShardPlan, ShardWriter, ViewStage, plan_shards
 from tmkd_ray.knowledge.fingerprint import Fingerprint
 from tmkd_ray.knowledge.lease import WriterLease
 from tmkd_ray.knowledge.store import text_bank_key
@@ -26,6 +26,7 @@ from tmkd_ray.stages.pipeline import (
     write_stage,
 )
 from tmkd_ray.stages.progress import Rate, say
+from tmkd_ray.stages.throughput import StageTimes, pool_sizes
 from tmkd_ray.teachers import ClipTeacher, VisualTeacher
 
 _MAX_SHARD_PIXELS = 64 * 2**20
@@ -46,7 +47,7 @@ class KnowledgeResult:
     text_bank: str | None
     seconds: float
     computed: int
-    times: "StageTimes | None"
+    times: StageTimes | None
     visual_parameters: int
     clip_parameters: int
 
@@ -239,52 +240,6 @@ def _shard_rows(config: ExperimentConfig) -> int:
     return min(config.knowledge.shard_rows, max(1, _MAX_SHARD_PIXELS // pixels))
 
 
-@dataclass
-class StageTimes:
-    """How long each stage worked on the shards of this run.
-
-    Attributes:
-        seconds: by stage, all actors together; `variants`: image variants that passed.
-        actors: by stage, at most.
-    """
-
-    seconds: dict[str, float]
-    actors: dict[str, int]
-    variants: int = 0
-
-    def throughput(self) -> dict[str, float]:
-        """Return the image variants a second that each stage's pool could do if it never waited."""
-        return {
-            stage: self.actors[stage] * self.variants / seconds
-            for stage, seconds in self.seconds.items()
-            if seconds > 0
-        }
-
-    def lines(self) -> list[str]:
-        """Say each stage's throughput, and which one holds the others back."""
-        throughput = self.throughput()
-        if not throughput:
-            return []
-        slowest = min(throughput, key=lambda stage: throughput[stage])
-        lines = []
-        for stage, rate in throughput.items():
-            actors, seconds = self.actors[stage], self.seconds[stage]
-            line = (
-                f"knowledge: {STAGE_NAMES[stage]:14} {rate:8,.0f} variants/s  "
-                f"(by {actors}, {seconds:.1f} s of work)"
-            )
-            lines.append(line + ("  ← holds the others back" if stage == slowest else ""))
-        return lines
-
-
-STAGE_NAMES = {
-    "views": "views",
-    "feature": "visual teacher",
-    "clip_embedding": "CLIP",
-    "write": "writing",
-}
-
-
 def _compute_shards(
     experiment: Experiment,
     plans: list[ShardPlan],
@@ -307,17 +262,13 @@ def _compute_shards(
     pools = experiment.config.knowledge
     writers = min(pools.views.max_size, len(plans))
     dataset = write_stage(dataset, ShardWriter(store, layouts), writers)
-    sizes = {"views": pools.views, "feature": pools.visual, "clip_embedding": pools.text}
-    actors = {stage: pool.max_size for stage, pool in sizes.items()} | {"write": writers}
-    times = StageTimes(dict.fromkeys(STAGES, 0.0), actors)
+    times = StageTimes(pool_sizes(pools) | {"write": writers})
     rate = Rate("knowledge", sum(len(plan.index) for plan in plans), "images")
     variants = {split: layout.num_variants for split, layout in layouts.items()}
     with actors_errors():
         for row in dataset.iter_rows():
             lease.check()
             images = row["rows"] + row["set_aside"]
-            times.variants += images * variants[row["split"]]
-            for stage in STAGES:
-                times.seconds[stage] += row.get(f"{stage}_seconds", 0.0)
+            times.add(row, images * variants[row["split"]])
             rate.advance(images)
     return times

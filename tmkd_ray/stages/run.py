@@ -35,8 +35,9 @@ from tmkd_ray.stages.distillation import TrainedStudent, distill
 from tmkd_ray.stages.evaluation import Measured, Networks, measure, student_network, teacher_network
 from tmkd_ray.stages.experiment import Experiment
 from tmkd_ray.stages.fitting import Fitted, fit_clip, fit_teacher
-from tmkd_ray.stages.knowledge import STAGE_NAMES, KnowledgeResult, compute_knowledge
+from tmkd_ray.stages.knowledge import KnowledgeResult, compute_knowledge
 from tmkd_ray.stages.progress import say
+from tmkd_ray.stages.throughput import STAGE_NAMES
 
 T = TypeVar("T")
 

@@ -26,6 +26,7 @@ from tmkd_ray.stages.pipeline import (
     view_stage_options,
     wait_for_pools,
 )
+from tmkd_ray.stages.throughput import StageTimes, pool_sizes
 from tmkd_ray.teachers import ClipTeacher, VisualTeacher
 from tmkd_ray.training.loader import Batch, BatchSource
 from tmkd_ray.training.mapped import StoredRows
@@ -62,6 +63,8 @@ class StreamedSource(BatchSource):
         self.device = device
         self._arriving: Iterator[pa.Table] | None = None
         self._said: set[str] = set()
+        self._times: StageTimes | None = None
+        """Of the stages that noted their working time on what this worker received, until it was said."""
 
     @abstractmethod
     def pipeline(self, dataset: ray.data.Dataset, plan: StreamPlan) -> ray.data.Dataset:
@@ -79,10 +82,17 @@ class StreamedSource(BatchSource):
                 self._arriving = self._start(plan, epoch, step, rank)
                 table = next(self._arriving)
             piece = Piece.from_table(table)
+            if self._times is not None:
+                noted = table.select([name for name in table.column_names if name.endswith("_seconds")])
+                self._times.add(noted.to_pylist()[0], piece.num_steps * plan.local_size)
             assert (piece.epoch, piece.rank) == (epoch, rank), (piece, epoch, rank)
             assert piece.first_step <= step < piece.first_step + piece.num_steps, (piece, step)
             yield from piece_batches(table, self.layout, self.device, self._say_once, step)
             step = piece.first_step + piece.num_steps
+        if self._times is not None:  # after the first epoch; the others are alike
+            for line in self._times.lines():
+                self.say(line)
+            self._times = None
 
     def _say_once(self, line: str) -> None:
         if line not in self._said:
@@ -147,6 +157,7 @@ class StreamedKnowledge(StreamedSource):
         super().__init__(index, self.layouts["train"], training, device)
         self.experiment = experiment
         self.visual, self.clip = visual, clip
+        self._times = StageTimes(pool_sizes(experiment.config.knowledge))
 
     def pipeline(self, dataset: ray.data.Dataset, plan: StreamPlan) -> ray.data.Dataset:
         options = view_stage_options(self.experiment, self.layouts)
