@@ -24,9 +24,6 @@ from tmkd_ray.settings import Settings
 
 Status = Literal["running", "finished", "stopped", "failed"]
 
-OPEN = ("running",)
-"""States of a trial that is to go on when the sweep does."""
-
 
 class TrialRecord(Settings):
     """One trial.

@@ -22,8 +22,6 @@ Steps = tuple[float, float, float]
 SEARCHERS = ("random", "grid", "optuna")
 """Those of our own; any other name is one of Ray Tune's, whose package must be installed."""
 
-OBJECTIVES = ("validation_accuracy", "latency")
-
 
 class Distribution(Settings, allow_inf_nan=False):
     """The values of one field: exactly one of these.

@@ -42,10 +42,6 @@ class RunPage:
         fixed = {"teacher": "Teacher", "fused teacher": "Teacher, views fused"}
         return next((each.label for each in self.results.methods if each.name == key), fixed.get(key, key))
 
-    def method_index(self, key: str) -> int:
-        """The place of a method among the run's, which gives its colour."""
-        return next(index for index, each in enumerate(self.results.methods) if each.name == key)
-
     def legend_of_methods(self, name: str) -> Markup:
         """Which line and marker is which method."""
         return legend(
