@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from tmkd_ray.errors import UserError
+
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "cifar100"
 sys.path.insert(0, str(FOLDER))
 
@@ -22,29 +24,43 @@ STUDY = study.read_study(FOLDER / "study.yaml")
 @pytest.mark.parametrize("run", STUDY["runs"])
 def test_every_cell_of_every_run_is_a_configuration(run: str) -> None:
     extra = ["dataset.path=data", "teacher.visual.checkpoint=weights.pth"]
-    config = study.run_config(STUDY, run, list(STUDY["cells"]), STUDY["seeds"], extra)
-    assert set(config.methods) == set(STUDY["cells"])
+    cells = list(study.run_cells(STUDY, run))
+    config = study.run_config(STUDY, run, cells, STUDY["seeds"], extra)
+    assert set(config.methods) == set(cells)
     assert config.name == run
     teacher, student = run.split("_")[:2]
     assert (config.teacher.visual.model, config.student.model) == (teacher, student)
     assert study.teacher_model(STUDY, run) == teacher
-    views = {name: config.taught_views(distiller) for name, distiller in config.methods.items()}
-    assert views["kd_plain"] == ("original",)
-    assert views["kd_mirror"] == ("original", "mirror")
-    assert views["tmkd"] == views["kd_fused"] == ("original", "edge", "high_frequency")
-    assert config.methods["kd_mirror"].weighting == "uniform"
+    views = {
+        name: config.taught_views(method) for name, method in config.methods.items() if method.teacher != "none"
+    }
+    expected = {
+        "kd_plain": ("original",),
+        "lgd": ("original",),
+        "kd_mirror": ("original", "mirror"),
+        "tmkd": ("original", "edge", "high_frequency"),
+        "kd_fused": ("original", "edge", "high_frequency"),
+        "lgd_fused": ("original", "edge", "high_frequency"),
+    }
+    assert {name: views[name] for name in views.keys() & expected.keys()} == {
+        name: expected[name] for name in views.keys() & expected.keys()
+    }
+    mirror = config.methods.get("kd_mirror")
+    assert mirror is None or mirror.weighting == "uniform"
 
 
 def test_the_claims_are_about_cells_of_the_study() -> None:
-    for ours, theirs, _ in tables.CLAIMS:
-        assert {ours, theirs} <= set(STUDY["cells"])
+    cells = {cell for run in STUDY["runs"] for cell in study.run_cells(STUDY, run)}
+    compared = [(ours, theirs) for ours, theirs, _ in tables.CLAIMS]
+    compared += [(ours, theirs) for ours, _, theirs, _, _ in tables.PROBE_CLAIMS]
+    for both in compared:
+        assert set(both) <= cells
 
 
 def record(cell: str, seed: int, accuracy: float) -> dict[str, object]:
-    fused = {"teacher": "fused", "views": ["original", "edge"]}
-    methods = {cell: {"teacher": "none", "views": None} if cell == "alone" else fused}
     return {
         "run": "a_b_short",
+        "store": "one",
         "cell": cell,
         "seed": seed,
         "teacher": "a",
@@ -61,7 +77,7 @@ def record(cell: str, seed: int, accuracy: float) -> dict[str, object]:
         "device": "cpu",
         "hardware": "a processor",
         "finished": "2026-01-01T00:00:00Z",
-        "config": {"methods": methods, "views": {"original": {}, "edge": {}}},
+        "taught_views": [] if cell == "alone" else ["original", "edge"],
     }
 
 
@@ -83,8 +99,45 @@ def test_tables_are_made_from_records_alone(tmp_path: Path) -> None:
     assert "| `kd_plain` | 3 | 26.00 ± 2.00 | 25.00 ± 2.00 | 2.0 |" in text
     assert difference.mean() > half
     assert "borne out" in text
+    assert "Linear probes" not in text
     passes = tables.online_passes([record("tmkd", 0, 0.1), record("alone", 0, 0.1)])
     assert passes == 5 * 1000 * 2
+
+
+def test_another_machine_goes_on_from_the_results(tmp_path: Path) -> None:
+    """What is finished is in the results' folder; newer records of the run's folder take its place."""
+    there, here = tmp_path / "there", tmp_path / "here"
+    for folder, seed, accuracy in ((there, 0, 0.2), (there, 1, 0.3), (here, 1, 0.4)):
+        cells = folder / "a_b_short" / "cells"
+        cells.mkdir(parents=True, exist_ok=True)
+        (cells / f"lgd-seed{seed}.json").write_text(json.dumps(record("lgd", seed, accuracy)))
+    tables.write_tables(there, tmp_path)
+    tables.write_tables(here, tmp_path)
+    found = tables.gather(tmp_path / "nothing", tmp_path)["a_b_short"]
+    assert {seed: each["test_accuracy"] for (_, seed), each in found.cells.items()} == {0: 0.2, 1: 0.4}
+
+    other = record("lgd", 2, 0.5) | {"store": "two"}
+    (here / "a_b_short" / "cells" / "lgd-seed2.json").write_text(json.dumps(other))
+    with pytest.raises(UserError, match="taught by different stores \\(one, two\\)"):
+        tables.gather(here, tmp_path)
+
+
+def test_probes_of_pretrainings_have_a_table_and_claims(tmp_path: Path) -> None:
+    cells = tmp_path / "runs" / "a_b_short" / "cells"
+    cells.mkdir(parents=True)
+    for cell, gain in (("lgd", 0.05), ("embedding_mse", 0.0)):
+        for seed in range(3):
+            probes = {
+                "linear_10": 0.1 + gain,
+                "linear_100": 0.2 + gain + 0.01 * seed,
+                "random_linear_10": 0.05,
+                "random_linear_100": 0.1,
+            }
+            (cells / f"{cell}-seed{seed}.json").write_text(json.dumps(record(cell, seed, 0.3) | probes))
+    tables.write_tables(tmp_path / "runs", tmp_path)
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "| `lgd` | 15.00 ± 0.00 | 26.00 ± 1.00 | 5.00 ± 0.00 | 10.00 ± 0.00 |" in text
+    assert "LGD against random weights, linear probe | `lgd` − random | +16.00 ±" in text
 
 
 def test_a_claim_needs_more_than_one_seed_and_clears_zero() -> None:
