@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from training_samples import (
     CIFAR,
     PROMPTS,
@@ -293,6 +294,47 @@ def test_clip_loss_by_the_formula() -> None:
     assert len(captions) < 20, "some captions are shared"
     assert output.loss.loss.item() == pytest.approx((image_to_text + text_to_image) / 2, rel=1e-4)
     assert output.correct == (logits.argmax(1) == column).sum()
+
+
+def test_a_locked_text_side_by_the_formula() -> None:
+    """Images meet the given embeddings, and the text tower is drawn to them, by each caption of the batch."""
+    locked_CE = F.normalize(torch.randn(10, 24, generator=torch.Generator().manual_seed(5)), dim=1)
+    task = clip_task(training(), locked_CE=locked_CE)
+    module = task.module.eval()
+    (batch,) = task.data.batches(0, 40, 0, 1, CPU)
+    torch.manual_seed(3)
+    output = module(batch)
+    torch.manual_seed(3)
+    drawn = [int(torch.randint(len(templates), ())) for templates in PROMPTS]
+    pairs = sorted(set(zip(batch.view_indices.tolist(), batch.labels.tolist(), strict=True)))
+    with torch.inference_mode():
+        image = module.clip.encode_images(batch.images).double().numpy()
+        tokens = module.clip.tokenize([PROMPTS[v][drawn[v]].format(CLASS_NAMES[c]) for v, c in pairs])
+        text = module.clip.encode_texts(tokens).double().numpy()
+    locked = locked_CE.double().numpy()[[c for _, c in pairs]]
+    same_view = batch.view_indices.numpy()[:, None] == [v for v, _ in pairs]
+    logits = np.where(same_view, image @ locked.T / module.clip.temperature, -np.inf)
+    labels = zip(batch.view_indices.tolist(), batch.labels.tolist(), strict=True)
+    column = np.array([pairs.index(pair) for pair in labels])
+    image_to_text = -(logits[np.arange(40), column] - np.log(np.exp(logits).sum(1))).mean()
+    log_probability = logits - np.log(np.exp(logits).sum(0))
+    text_to_image = -np.mean([log_probability[column == m, m].mean() for m in range(len(pairs))])
+    contrastive, imitation = (image_to_text + text_to_image) / 2, (1 - (text * locked).sum(1)).mean()
+    assert output.loss.terms["contrastive"].item() == pytest.approx(contrastive, rel=1e-4)
+    assert output.loss.terms["locked_text"].item() == pytest.approx(imitation, rel=1e-4)
+    assert output.loss.loss.item() == pytest.approx(contrastive + imitation, rel=1e-4)
+
+
+def test_a_locked_text_tower_gives_the_embeddings_it_is_locked_to(tmp_path: Path) -> None:
+    config = training(epochs=12, batch_size=8, optimizer="adamw", learning_rate=5e-4, warmup_epochs=1)
+    locked_CE = F.normalize(torch.randn(10, 24, generator=torch.Generator().manual_seed(5)), dim=1)
+    task = clip_task(config, num_images=400, locked_CE=locked_CE)
+    outcome = run(task, config, tmp_path)
+    assert outcome.accuracy > 0.3
+    folder = str(tmp_path / "saved")
+    task.save(folder, outcome.weights)
+    bank_VCE = ClipTeacher.load(folder).text_bank(PROMPTS, CLASS_NAMES)
+    assert (bank_VCE * locked_CE).sum(dim=2).min() > 0.9
 
 
 def test_a_new_clip_is_the_same_in_every_process() -> None:

@@ -172,7 +172,9 @@ def build_clip(initial_seed: int = 0) -> ClipTeacher:
     )
 
 
-def clip_task(config: TrainingConfig, num_images: int = 40, initial_seed: int = 0) -> ClipTask:
+def clip_task(
+    config: TrainingConfig, num_images: int = 40, initial_seed: int = 0, locked_CE: Tensor | None = None
+) -> ClipTask:
     return ClipTask(
         build_clip(initial_seed),
         digits(0, num_images),
@@ -182,6 +184,7 @@ def clip_task(config: TrainingConfig, num_images: int = 40, initial_seed: int = 
         CLASS_NAMES,
         config,
         CIFAR,
+        locked_CE,
     )
 
 

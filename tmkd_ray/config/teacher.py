@@ -128,10 +128,22 @@ class TextTeacherConfig(Settings):
     """CLIP, the text teacher: `model` is a name or folder for `from_pretrained`; null fits one here."""
 
     model: Location | None = None
+    text_features: Location | None = Field(
+        default=None,
+        description="npz of `features` and `names`: lock the text side of the CLIP fitted here to these "
+        "embeddings of the class names; architecture.embedding_width must be theirs",
+    )
     architecture: ClipArchitecture = Field(default_factory=ClipArchitecture)
     fit: ClipTrainingConfig = Field(default_factory=ClipTrainingConfig)
 
     _all_labels = field_validator("fit")(_on_all_labels)
+
+    @model_validator(mode="after")
+    def _fitted_here(self) -> "TextTeacherConfig":
+        if self.model is not None and self.text_features is not None:
+            text = "locks the text side of a CLIP that is fitted here; set it to null, or model"
+            raise SectionError([(("text_features",), text)])
+        return self
 
 
 class TeacherConfig(Settings):

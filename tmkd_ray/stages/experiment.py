@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from tmkd_ray import __version__, storage
 from tmkd_ray.config import ExperimentConfig, TrainingConfig
 from tmkd_ray.config_reading import dump_config
@@ -19,6 +21,7 @@ from tmkd_ray.models.view_batch_norm import use_view_statistics
 from tmkd_ray.pretraining.lgd import LGDConfig, read_bank_classes
 from tmkd_ray.settings import ImageStatistics
 from tmkd_ray.teachers import ClipTeacher, VisualTeacher
+from tmkd_ray.teachers.text_features import read_text_features
 from tmkd_ray.types import TaskSpec
 from tmkd_ray.views import build_view
 from tmkd_ray.views.base import View
@@ -160,7 +163,8 @@ def check_text_teacher(experiment: Experiment) -> None:
     And read the class names of the methods' own text banks.
 
     Raises:
-        UserError: it cannot be found or is not a CLIP; or a file of class names cannot be read or holds none.
+        UserError: it cannot be found or is not a CLIP; or a file of class names cannot be read or holds none;
+            or embeddings that a CLIP is to be locked to do not fit.
     """
     for name, method in experiment.config.named_methods().items():
         if isinstance(method, LGDConfig) and method.bank_classes is not None:
@@ -169,6 +173,7 @@ def check_text_teacher(experiment: Experiment) -> None:
             except UserError as error:
                 where = f"methods.{name}" if experiment.config.methods else "distiller"
                 raise UserError(f"{where}.{error}") from error
+    locked_text_features(experiment)
     text = experiment.config.teacher.text
     if text is None or text.model is None:
         return
@@ -178,6 +183,24 @@ def check_text_teacher(experiment: Experiment) -> None:
             f"teacher.text.model: there is no folder {text.model}, and it is no hub name (OWNER/NAME) either"
         )
     ClipTeacher.load(text.model)
+
+
+def locked_text_features(experiment: Experiment) -> Tensor | None:
+    """Return the embeddings [C, E] that the text side of the CLIP fitted here is locked to; None: it learns.
+
+    Raises:
+        UserError: their file is none, lacks a class, or is of another width than the CLIP.
+    """
+    text = experiment.config.teacher.text
+    if text is None or text.text_features is None:
+        return None
+    locked_CE = read_text_features(text.text_features, experiment.task.class_names)
+    if locked_CE.shape[1] != text.architecture.embedding_width:
+        raise UserError(
+            f"teacher.text.architecture.embedding_width is {text.architecture.embedding_width}, the embeddings "
+            f"in teacher.text.text_features have {locked_CE.shape[1]}; set it to that"
+        )
+    return locked_CE
 
 
 def check_student(experiment: Experiment) -> None:

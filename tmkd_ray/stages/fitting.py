@@ -1,6 +1,7 @@
 """Fit the teachers, or load those that the configuration names."""
 
 import functools
+import hashlib
 import tempfile
 import time
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from tmkd_ray.config import VisualTeacherConfig
 from tmkd_ray.datasets.decode import load_images
 from tmkd_ray.models import build_model
 from tmkd_ray.models.view_batch_norm import use_view_statistics
-from tmkd_ray.stages.experiment import Experiment, identity_key, training_identity
+from tmkd_ray.stages.experiment import Experiment, identity_key, locked_text_features, training_identity
 from tmkd_ray.stages.pipeline import actors_errors
 from tmkd_ray.stages.progress import say
 from tmkd_ray.stages.session import num_gpus
@@ -211,6 +212,7 @@ def clip_job(experiment: Experiment) -> TrainingJob:
     """Describe the fitting of CLIP."""
     text = experiment.config.teacher.text
     assert text is not None
+    locked = locked_text_features(experiment)
     key = identity_key(
         "clip",
         text.architecture.model_dump(mode="json"),
@@ -220,6 +222,7 @@ def clip_job(experiment: Experiment) -> TrainingJob:
         experiment.prompts(),
         list(experiment.task.class_names),
         experiment.data_identity(),
+        *([] if locked is None else [hashlib.sha256(locked.numpy().tobytes()).hexdigest()]),
     )
     return TrainingJob(
         key=key,
@@ -280,4 +283,5 @@ def _build_clip(experiment: Experiment, device: torch.device) -> TrainTask:
         names,
         text.fit,
         experiment.config.augmentation,
+        locked_text_features(experiment),
     )

@@ -45,13 +45,28 @@ def contrastive_loss(similarity_BM: Tensor, positives_BM: Tensor) -> Tensor:
 
 
 class ClipModule(nn.Module):
-    """CLIP and its captions: every view's templates filled with every class name."""
+    """CLIP and its captions: every view's templates filled with every class name.
+
+    Args:
+        locked_CE: embeddings of the class names, unit length, that the text side is locked to; None: it
+            learns. The images then learn to meet these, which is locked-image tuning turned round (Zhai et al.
+            2022, "LiT", arXiv 2111.07991), and the text tower learns to give them for every caption of the
+            class, so that what is saved is a whole CLIP.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
+    locked_text: Tensor | None
 
-    def __init__(self, clip: ClipTeacher, prompts: Sequence[Sequence[str]], class_names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        clip: ClipTeacher,
+        prompts: Sequence[Sequence[str]],
+        class_names: Sequence[str],
+        locked_CE: Tensor | None = None,
+    ) -> None:
         super().__init__()
+        self.register_buffer("locked_text", locked_CE, persistent=False)
         self.clip = clip
         self.num_classes = len(class_names)
         texts: list[str] = []
@@ -78,6 +93,11 @@ class ClipModule(nn.Module):
         text_ME = self.clip.encode_texts(
             {"input_ids": self.input_ids[rows_M], "attention_mask": self.attention_mask[rows_M]}
         )
+        terms: dict[str, Tensor] = {}
+        if self.locked_text is not None:
+            locked_ME = self.locked_text[captions_M % self.num_classes]
+            terms["locked_text"] = 1 - (text_ME * locked_ME).sum(dim=1).mean()
+            text_ME = locked_ME
         with torch.autocast(image_BE.device.type, enabled=False):  # a scale of up to 100 wants all the digits
             scale = self.clip.model.logit_scale.float().clamp(max=_MAX_LOGIT_SCALE).exp()
             similarity_BM = scale * image_BE @ text_ME.T
@@ -86,9 +106,9 @@ class ClipModule(nn.Module):
         same_view_BM = batch.view_indices[:, None] == captions_M // self.num_classes
         similarity_BM = similarity_BM.masked_fill(~same_view_BM, _NEVER)
         positives_BM = F.one_hot(position_B, len(captions_M)).bool()
-        loss = contrastive_loss(similarity_BM, positives_BM)
+        terms["contrastive"] = contrastive_loss(similarity_BM, positives_BM)
         correct = (similarity_BM.argmax(1) == position_B).sum()
-        return StepOutput(LossOutput(loss, {"contrastive": loss}), correct)
+        return StepOutput(LossOutput(torch.stack(list(terms.values())).sum(), terms), correct)
 
 
 class ClipTask(TrainTask):
@@ -96,6 +116,7 @@ class ClipTask(TrainTask):
 
     Args:
         views: by name. prompts: of each view, in the same order.
+        locked_CE: see `ClipModule`.
     """
 
     def __init__(
@@ -108,8 +129,9 @@ class ClipTask(TrainTask):
         class_names: Sequence[str],
         training: TrainingConfig,
         augmentation: AugmentationConfig,
+        locked_CE: Tensor | None = None,
     ) -> None:
-        self.module: ClipModule = ClipModule(clip, prompts, class_names)
+        self.module: ClipModule = ClipModule(clip, prompts, class_names, locked_CE)
         self.training = training
         self.prompts, self.class_names = prompts, class_names
         self.data = AugmentedViews(train, list(views.values()), augmentation, training.seed)
