@@ -33,6 +33,9 @@ PAIRS = {
 BETA_OF_DKD = {"resnet20": 2, "wrn_16_2": 6, "wrn_40_1": 6, "vgg8": 6, "MobileNetV1": 2, "resnet18": 0.5}
 """By student; 8 for the others. From the configurations of DKD's authors."""
 
+STANDARDIZED = {"vgg8": (3, 9), "MobileNetV2": (3, 1)}
+"""By student: temperature and weight of KD of z-scores; 2 and 9 for the others. From its authors' logs."""
+
 
 def overrides_for(path: Path) -> list[str]:
     """What a configuration leaves to the user: where the data lies."""
@@ -99,6 +102,9 @@ def test_the_cifar100_pairs_are_trained_by_the_fields_recipe(pair):
     assert config.augmentation.recipe == "cifar"
     assert config.seeds == (0, 1, 2)
     check_methods(config, student, temperature=4.0)
+    of_z_scores = config.methods["kd_standardized"]
+    assert (of_z_scores.strategy.temperature, of_z_scores.kd_weight) == STANDARDIZED.get(student, (2, 9))
+    assert (of_z_scores.strategy.standardize_logits, of_z_scores.ce_weight) == (True, 0.1)
 
 
 @pytest.mark.parametrize("pair", PAIRS["imagenet"], ids="→".join)

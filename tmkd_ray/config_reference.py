@@ -42,6 +42,8 @@ def config_reference() -> str:
         for name in registry.names():
             entry = registry.get(name)
             lines += [f"### {name}", "", _first_paragraph(entry), ""]
+            if "__doc__" in vars(entry.Config) and entry.Config.__doc__:
+                lines += [_documented(entry.Config), ""]
             lines += _table(entry.Config, without=("name",))
     return "\n".join(lines).rstrip() + "\n"
 

@@ -36,7 +36,8 @@ def standardize(logits_BC: Tensor) -> Tensor:
     """Return the z-scores of each row: zero mean, unit (population) standard deviation.
 
     The same for logits of any scale and shift; no entry is larger than √(C-1).
-    Source: Sun et al. 2024, "Logit standardization in knowledge distillation", CVPR, arXiv 2403.01427.
+    Source: Sun et al. 2024, "Logit standardization in knowledge distillation", CVPR, arXiv 2403.01427, whose
+    deviation is the population's; their code divides by the sample's, 0.5 % larger at 100 classes.
     """
     # Layer normalisation is the z-score; eps only keeps the gradient of a row without any spread finite.
     return F.layer_norm(logits_BC.float(), logits_BC.shape[1:], eps=1e-6)

@@ -83,13 +83,13 @@ class LogitStrategyConfig(StrategyConfig):
     """Options of every strategy that compares logits.
 
     Logit standardisation (Sun et al. 2024, "Logit standardization in knowledge distillation", CVPR,
-    arXiv 2403.01427): the temperature becomes the paper's base temperature, 2 for most pairs on CIFAR-100.
-    Z-scores are small, so the paper's code raises the weight: kd_weight 9 beside ce_weight 0.1, where plain KD
-    has 0.9 and 0.1.
+    arXiv 2403.01427): the temperature becomes the paper's base temperature. Z-scores are small, so its authors
+    raise the weight tenfold: by default they take temperature 2 and kd_weight 9, beside the ce_weight that the
+    strategy has without it (KD and MLKD 0.1, DKD 1), and for some pairs another temperature or weight.
     """
 
     standardize_logits: bool = Field(
-        default=False, description="compare z-scores; use with temperature 2, kd_weight 9, ce_weight 0.1"
+        default=False, description="compare z-scores; use with temperature 2, kd_weight 9 (KD: ce_weight 0.1)"
     )
 
 

@@ -12,7 +12,7 @@ from tmkd_ray.types import LossOutput
 
 
 class DISTConfig(LogitStrategyConfig):
-    """The paper's CIFAR-100 values, beside cross-entropy of weight 1; on ImageNet its temperature is 1."""
+    """The authors' values for CIFAR-100, beside cross-entropy of weight 1; on ImageNet temperature 1."""
 
     name: str = "dist"
     temperature: float = Field(default=4.0, gt=0)

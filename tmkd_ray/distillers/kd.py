@@ -10,7 +10,7 @@ from tmkd_ray.types import LossOutput
 
 
 class KDConfig(LogitStrategyConfig):
-    """Temperature 4 is what the field uses on CIFAR-100."""
+    """The field's value on CIFAR-100, with kd_weight 0.9 and ce_weight 0.1; on ImageNet 1, and 0.5 each."""
 
     name: str = "kd"
     temperature: float = Field(default=4.0, gt=0)

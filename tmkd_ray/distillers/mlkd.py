@@ -18,7 +18,7 @@ from tmkd_ray.types import LossOutput, ModelOutput, TeacherOutput
 
 
 class MLKDConfig(LogitStrategyConfig):
-    """The temperatures of the authors' code; their levels weigh the same.
+    """The temperatures of the authors' code; their levels weigh the same, kd_weight 0.9 beside ce_weight 0.1.
 
     `standardize_logits` acts on the instance level alone, as in the code of Sun et al. 2024, where MLKD with it
     does best: z-scored probabilities are so even that the other two levels would vanish.

@@ -18,7 +18,10 @@ from tmkd_ray.types import LossOutput, ModelOutput, TeacherOutput
 
 
 class TfKDConfig(StrategyConfig):
-    """The authors' values for CIFAR-100; theirs are ce_weight 0.9 and kd_weight 0.1."""
+    """The authors' values for ResNet-18 on CIFAR-100, beside ce_weight 0.9 and kd_weight 0.1.
+
+    They set temperature (10 to 40) and weights per network.
+    """
 
     name: str = "tf_kd"
     correct_probability: float = Field(default=0.99, gt=0, lt=1, description="a of the paper")
