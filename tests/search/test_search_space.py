@@ -8,7 +8,7 @@ import pytest
 from tmkd_ray.config_reading import read_config
 from tmkd_ray.errors import ConfigError
 from tmkd_ray.search.space import check_space, store_key, sweep_folder, trial_config
-from tmkd_ray.search.suggest import OptunaSuggestions, planned_trials
+from tmkd_ray.search.suggest import OptunaSuggestions, planned_trials, total_trials
 
 
 def config(parameters, *overrides, **search):
@@ -285,9 +285,53 @@ def test_a_grid_is_gone_through_whole_and_crossed_with_draws():
     assert planned_trials(config(parameters, num_trials=4).search) == wanted[:4]
     crossed = config({**parameters, "c": {"uniform": [0, 1]}}, num_trials=2).search
     trials = planned_trials(crossed)
-    assert len(trials) == 12 == crossed.total_trials()
+    assert len(trials) == 12 == total_trials(crossed)
     assert [{"a": t["a"], "b": t["b"]} for t in trials] == 2 * wanted
     assert len({t["c"] for t in trials}) == 12
+
+
+SIX = {"a": {"choice": [{"x": 1}, "y"]}, "n": {"randint": [0, 3]}}
+ALL_SIX = [{"a": a, "n": n} for a in ({"x": 1}, "y") for n in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        (SIX, ALL_SIX),
+        ({"q": {"quniform": [0, 1, 0.5]}}, [{"q": q} for q in (0.0, 0.5, 1.0)]),
+        (SIX | {"g": {"grid": [7, 8]}}, [six | {"g": g} for six in ALL_SIX for g in (7, 8)]),
+    ],
+)
+def test_no_values_are_drawn_twice(parameters, expected):
+    many = config(parameters, num_trials=60).search
+    trials = planned_trials(many)
+    assert len(trials) == len(expected) == total_trials(many)
+    assert all(trial in trials for trial in expected)
+    if "g" not in parameters:
+        assert planned_trials(config(parameters, num_trials=2).search) == trials[:2]
+
+
+def test_members_of_a_population_may_begin_alike():
+    search = config({"training.learning_rate": {"choice": [0.1, 0.2]}}, num_trials=4, scheduler="pbt").search
+    assert len(planned_trials(search)) == total_trials(search) == 4
+
+
+def test_optuna_suggests_nothing_twice_and_ends_where_all_was_tried():
+    search = config(SIX, num_trials=60, searcher="optuna").search
+    assert total_trials(search) == 6
+    assert total_trials(config(SIX | {"x": {"uniform": [0, 1]}}, searcher="optuna").search) == 20
+    suggestions = OptunaSuggestions(search)
+    number = suggestions.begin(ALL_SIX[0])
+    found = [ALL_SIX[0]]
+    while True:
+        suggestions.tell(number, [float(found[-1] == ALL_SIX[0])])  # all speaks for what was tried first
+        suggested = suggestions.suggest()
+        if suggested is None:
+            break
+        number, values = suggested
+        found.append(values)
+    assert len(found) == 6
+    assert all(values in found for values in ALL_SIX)
 
 
 def test_optuna_finds_what_it_is_told_to_find():

@@ -123,12 +123,15 @@ def test_asha_stops_what_is_worse(road):
     assert (sweep.trials[1].status, len(second)) == ("stopped", ends)
 
 
-def test_optuna_weighs_accuracy_against_latency(road):
-    parameters = {"student.model": {"choice": ["resnet8", "resnet20"]}, RATE: {"loguniform": [0.01, 0.1]}}
+def test_optuna_weighs_accuracy_against_latency_until_all_was_tried(road, capsys):
+    parameters = {"student.model": {"choice": ["resnet8", "resnet20"]}}
     options = {"searcher": "optuna", "objectives": ["validation_accuracy", "latency"], "num_trials": 3}
     sweep = run([*road, section(parameters, **options), "training.epochs=1"])
-    assert [trial.status for trial in sweep.trials] == ["finished"] * 3
+    assert "2 trials instead of 3: there are no more values" in capsys.readouterr().err
+    assert not sweep.record.budget_spent
+    assert [trial.status for trial in sweep.trials] == ["finished"] * 2
     latency = {trial.parameters["student.model"]: trial.latency_ms for trial in sweep.trials}
+    assert sorted(latency) == ["resnet20", "resnet8"]
     assert all(value > 0 for value in latency.values())
     assert sweep.pareto_front()
 

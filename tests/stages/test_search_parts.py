@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
 
 from tmkd_ray.config_reading import read_config
 from tmkd_ray.errors import UserError
 from tmkd_ray.results import EpochRecord
 from tmkd_ray.search.space import check_space, store_key, trial_config
+from tmkd_ray.stages.search import concurrent_trials
 from tmkd_ray.stages.sweep_records import Recorder, student_key
 from tmkd_ray.stages.sweep_searchers import METRIC, NamedSearcher, OptunaSearcher, build_asha, check_searcher
 from tmkd_ray.stages.trials import TRIAL, Assignment, TrialContext, TrialPlan, assignment_of, trial_key
@@ -179,7 +181,8 @@ def test_a_searcher_by_name_runs_what_is_left_first():
         told = ()
 
         def suggest(self, trial_id):
-            return {RATE: 0.03}
+            self.asked = (*getattr(self, "asked", ()), trial_id)
+            return {RATE: (0.01, 0.03)[len(self.asked) > 1]}
 
         def on_trial_complete(self, *arguments):
             self.told += (arguments,)
@@ -190,13 +193,38 @@ def test_a_searcher_by_name_runs_what_is_left_first():
     assert searcher.suggest("b")[TRIAL] == {"number": 1, "parameters": {RATE: 0.03}, "seed": 0}
     searcher.on_trial_complete("a", {})
     searcher.on_trial_complete("b", {"x": 1})
-    assert inner.told == (("b", {"x": 1}, False),)
+    assert inner.asked == ("b", "b-1"), "asked again: the first answer is what is left of an earlier run"
+    assert inner.told == (("b", None, True), ("b-1", {"x": 1}, False))
+    assert searcher.suggest("c") == Searcher.FINISHED, "0.03 again and again"
 
 
 def test_an_unknown_searcher_is_a_clear_error():
     check_searcher("hyperopt")
     with pytest.raises(UserError, match=r"unknown 'optunna'\. Choices: random, grid, optuna, "):
         check_searcher("optunna")
+
+
+@pytest.mark.parametrize(
+    ("resources", "gpus", "expected"),
+    [
+        ({}, 0.0, 8),
+        ({"cpus": 3}, 0.0, 2),
+        ({"cpus": 0.5}, 0.0, 16),
+        ({"workers": 2}, 0.0, 4),
+        ({"cpus": 0.5}, 0.25, 8),
+        ({"workers": 2, "cpus": 0.1}, 1.0, 1),
+        ({"cpus": 100}, 0.0, 1),
+    ],
+)
+def test_as_many_trials_at_once_as_find_room_also_on_parts_of_a_gpu(
+    make, monkeypatch, resources, gpus, expected
+):
+    space, plan, _ = make(None, resources=resources)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
+    monkeypatch.setattr("ray.nodes", lambda: ["one", "another"])
+    assert concurrent_trials(space, replace(plan, gpus=gpus)) == expected
+    space, plan, _ = make(None, resources=resources, max_concurrent_trials=5)
+    assert concurrent_trials(space, replace(plan, gpus=gpus)) == 5
 
 
 # -- contexts ------------------------------------------------------------------------------------------------

@@ -111,14 +111,20 @@ class Distribution(Settings, allow_inf_nan=False):
         steps = self.quniform or self.qloguniform
         return None if steps is None else steps[2]
 
+    @property
+    def count(self) -> int | None:
+        """How many values there are; None for a continuum, also one in steps."""
+        if self.is_finite_list:
+            return len(self.values)
+        low, high = self.bounds
+        return int(high - low) + 1 if self.is_whole else None
+
     def all_values(self, at_most: int) -> tuple[Any, ...] | None:
         """Return every value it can take; None if these are more, or a continuum."""
-        if self.is_finite_list:
-            return self.values if len(self.values) <= at_most else None
-        low, high = self.bounds
-        if self.is_whole and high - low < at_most:
-            return tuple(range(int(low), int(high) + 1))
-        return None
+        if self.count is None or self.count > at_most:
+            return None
+        low, high = (0, 0) if self.is_finite_list else self.bounds
+        return self.values if self.is_finite_list else tuple(range(int(low), int(high) + 1))
 
     def at(self, part: float) -> Any:
         """Return the value at a part, 0 to 1, of the range, on its own scale: uniform parts make draws."""
@@ -277,13 +283,6 @@ class SearchConfig(Settings, allow_inf_nan=False):
             for path, each in self.parameters.items()
             if crossed and (each.grid is not None or (self.searcher == "grid" and each.is_finite_list))
         }
-
-    def total_trials(self) -> int:
-        """Return how many trials there will be."""
-        combinations = math.prod(len(values) for values in self.grids().values())
-        if len(self.grids()) == len(self.parameters):
-            return min(combinations, self.num_trials or combinations)
-        return combinations * (self.num_trials or DEFAULT_TRIALS)
 
 
 DEFAULT_TRIALS = 20

@@ -31,6 +31,7 @@ _REFUSED = {
     "output": "is where the run lies",
     "cluster": "says where to compute, not what is learnt",
     "search": "is the sweep itself",
+    "report": "does not change what is learnt",
     "methods": "are not trained by a sweep, which trains `distiller`; search distiller.… instead",
     "seeds": "are not what a sweep chooses; search.confirm trains the best again with fresh seeds",
     "training.seed": "is luck, not a setting; search.confirm trains the best again with fresh seeds",
@@ -185,7 +186,8 @@ def _refusal(path: str) -> str | None:
         if path == refused or path.startswith(f"{refused}."):
             return f"{refused} {reason}"
     if path.split(".")[0] == "dataset" and path not in _DATASET_MAY:
-        return f"changes the validation images, on which the trials are compared; of dataset: {_DATASET_MAY}"
+        may = ", ".join(_DATASET_MAY)
+        return f"changes the validation images, on which the trials are compared; there may be searched: {may}"
     return None
 
 

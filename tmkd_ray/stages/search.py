@@ -21,7 +21,7 @@ from tmkd_ray.config_reading import dump_config
 from tmkd_ray.errors import UserError
 from tmkd_ray.report.search import write_search_report
 from tmkd_ray.search.space import Parameters, Space, store_key, sweep_folder, sweep_key, trial_config
-from tmkd_ray.search.suggest import planned_trials
+from tmkd_ray.search.suggest import planned_trials, total_trials
 from tmkd_ray.stages.experiment import (
     Experiment,
     check_student,
@@ -191,7 +191,10 @@ class _Sweeping:
     def __init__(self, space: Space, plan: TrialPlan, fingerprints: Mapping[str, str]) -> None:
         self.space, self.plan, self.fingerprints = space, plan, fingerprints
         search = space.search
-        self.record = _sweep_record(space, plan.folder)
+        self.total = total_trials(search)
+        if search.num_trials is not None and self.total < search.num_trials:
+            say(f"search: {self.total} trials instead of {search.num_trials}: there are no more values")
+        self.record = _sweep_record(space, plan.folder, self.total)
         if storage.exists(storage.join(plan.folder, "sweep.json")):
             begun = load_sweep(plan.folder).record.created
             self.record = self.record.model_copy(update={"created": begun})
@@ -213,10 +216,13 @@ class _Sweeping:
                 self._fit({TRIAL: tune.grid_search([plain_assignment(trial) for trial in waiting])}, None)
         else:
             self._fit_suggested()
-        left = search.total_trials() - sum(r.status != "running" for r in known.values())
-        save_sweep(self.record.model_copy(update={"budget_spent": left > 0}))
-        if left > 0:
+        left = self.total - sum(record.status != "running" for record in known.values())
+        spent = left > 0 and time.time() >= self.recorder.ends
+        save_sweep(self.record.model_copy(update={"budget_spent": spent}))
+        if spent:
             say(f"search: the time is over, {left} trials are left; give the same command to go on")
+        elif left > 0:
+            say(f"search: {left} trials fewer: {search.searcher} has no values that were not tried")
 
     def assignments(self, trials: Sequence[Parameters]) -> list[Assignment]:
         seed = self.space.config.training.seed
@@ -232,7 +238,7 @@ class _Sweeping:
         records = sorted(self.recorder.records.values(), key=lambda record: record.number)
         done = [record for record in records if record.status != "running"]
         again = [Assignment(r.number, r.parameters, seed) for r in records if r.status == "running"]
-        left = search.total_trials() - len(done)
+        left = self.total - len(done)
         self._say(len(records), left)
         if left <= 0:
             return
@@ -412,7 +418,7 @@ def _write_outcome(space: Space, experiments: Mapping[str, Experiment], folder: 
     write_search_report(storage.join(folder, "search.html"), sweep)
 
 
-def _sweep_record(space: Space, folder: str) -> SweepRecord:
+def _sweep_record(space: Space, folder: str, total: int) -> SweepRecord:
     config, search = space.config, space.search
     return SweepRecord(
         name=config.name,
@@ -422,7 +428,7 @@ def _sweep_record(space: Space, folder: str) -> SweepRecord:
         dataset=config.dataset.name,
         student=config.student.model,
         epochs=config.training.epochs,
-        num_trials=search.total_trials(),
+        num_trials=total,
         parameters=search.model_dump(mode="json")["parameters"],
         searcher=search.searcher,
         scheduler=search.scheduler.name,

@@ -21,6 +21,9 @@ from tmkd_ray.trials import TrialRecord
 
 METRIC = "validation_accuracy"
 
+_PATIENCE = 100
+"""Suggestions in a row that were tried before, after which a searcher of Ray Tune's has nothing new."""
+
 
 def plain_assignment(trial: Assignment) -> dict[str, Any]:
     """Return the trial as Tune's configuration holds it."""
@@ -53,12 +56,15 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             ok = record.status != "failed" and record.accuracy is not None
             self.suggestions.tell(number, self._values(record.accuracy, record.parameters) if ok else None)
 
-    def suggest(self, trial_id: str) -> dict[str, Any]:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
         if self.again:
             trial = self.again.pop(0)
             self.asked[trial_id] = self.suggestions.begin(trial.parameters), trial.parameters
             return {TRIAL: plain_assignment(trial)}
-        number, parameters = self.suggestions.suggest()
+        suggested = self.suggestions.suggest()
+        if suggested is None:
+            return Searcher.FINISHED  # type: ignore[no-any-return]
+        number, parameters = suggested
         self.asked[trial_id] = number, parameters
         seed = self.space.config.training.seed
         return {TRIAL: plain_assignment(Assignment(next(self.numbers), parameters, seed))}
@@ -80,28 +86,46 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
 
 class NamedSearcher(Searcher):  # type: ignore[misc]
-    """One of Ray Tune's searchers, whose suggestions become trials of ours."""
+    """One of Ray Tune's searchers, whose suggestions become trials of ours, none of them twice.
 
-    def __init__(self, inner: Searcher, seed: int, again: Sequence[Assignment], numbers: Iterator[int]) -> None:
+    Args:
+        known: values of the trials that are over.
+    """
+
+    def __init__(
+        self,
+        inner: Searcher,
+        seed: int,
+        again: Sequence[Assignment],
+        numbers: Iterator[int],
+        known: Sequence[Parameters] = (),
+    ) -> None:
         super().__init__()
         self.inner, self.seed, self.numbers = inner, seed, numbers
         self.again = list(again)
-        self.ours: set[str] = set()
+        self.known = [*known, *(trial.parameters for trial in again)]
+        self.names: dict[str, str] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if self.again:
-            self.ours.add(trial_id)
             return {TRIAL: plain_assignment(self.again.pop(0))}
-        suggested = self.inner.suggest(trial_id)
-        if suggested is None or suggested == Searcher.FINISHED:
-            return suggested  # type: ignore[no-any-return]
-        return {TRIAL: plain_assignment(Assignment(next(self.numbers), dict(suggested), self.seed))}
+        for attempt in range(_PATIENCE):
+            name = trial_id if attempt == 0 else f"{trial_id}-{attempt}"
+            suggested = self.inner.suggest(name)
+            if suggested is None or suggested == Searcher.FINISHED:
+                return suggested  # type: ignore[no-any-return]
+            if dict(suggested) not in self.known:
+                self.known.append(dict(suggested))
+                self.names[trial_id] = name
+                return {TRIAL: plain_assignment(Assignment(next(self.numbers), dict(suggested), self.seed))}
+            self.inner.on_trial_complete(name, None, True)  # the same again tells nothing new
+        return Searcher.FINISHED  # type: ignore[no-any-return]
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        if trial_id not in self.ours:
-            self.inner.on_trial_complete(trial_id, result, error)
+        if trial_id in self.names:
+            self.inner.on_trial_complete(self.names.pop(trial_id), result, error)
 
 
 def build_named_searcher(
@@ -126,7 +150,8 @@ def build_named_searcher(
             except NotImplementedError:
                 say(f"search: {search.searcher} cannot be told of earlier trials; it begins anew")
                 break
-    return NamedSearcher(inner, space.config.training.seed, again, numbers)
+    known = [dict(record.parameters) for record in done]
+    return NamedSearcher(inner, space.config.training.seed, again, numbers, known)
 
 
 def check_searcher(name: str) -> None:
