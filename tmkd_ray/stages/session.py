@@ -3,7 +3,9 @@
 import contextlib
 import math
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 
 import ray
@@ -40,6 +42,25 @@ def cluster_session(cluster: ClusterConfig, local_cpus: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C mean KeyboardInterrupt within and afterwards, whatever Ray Train does with it.
+
+    `fit` puts a handler of its own in place, which ends the run and the driver without a word, and leaves it
+    there.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as end:
+        raise KeyboardInterrupt from end
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _logical_cpus(config: ExperimentConfig) -> int:

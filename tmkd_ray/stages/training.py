@@ -23,7 +23,7 @@ from tmkd_ray.results import EpochRecord
 from tmkd_ray.settings import Settings
 from tmkd_ray.stages.progress import progress_channel, say
 from tmkd_ray.stages.room import node_mark, wait_for_room
-from tmkd_ray.stages.session import cluster_settings, num_gpus, use_cluster_settings
+from tmkd_ray.stages.session import cluster_settings, interruptible, num_gpus, use_cluster_settings
 from tmkd_ray.training.context import WorkerContext
 from tmkd_ray.training.loop import TrainTask, train
 
@@ -209,7 +209,8 @@ def _fit(jobs: Sequence[TrainingJob], folder: str) -> None:
             ),
         )
         try:
-            trainer.fit()
+            with interruptible():
+                trainer.fit()
         finally:
             refusal = ray.get(channel.refused.remote())
             if refusal is not None:
