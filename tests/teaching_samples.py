@@ -8,6 +8,7 @@ from reference_formulas import Array
 from torch import Tensor
 
 from tmkd_ray.distillers import DistillationSpec
+from tmkd_ray.objective import TERMS, Distiller, DistillerConfig
 from tmkd_ray.types import ModelOutput, TeacherOutput
 
 BATCH, VIEWS, CLASSES, TEACHER_WIDTH, STUDENT_WIDTH, CLIP_WIDTH = 4, 3, 5, 6, 7, 8
@@ -131,3 +132,14 @@ def extreme_outputs(dtype: torch.dtype) -> tuple[ModelOutput, TeacherOutput, Ten
     for field in ("feature_maps", "preactivation_maps"):
         setattr(teacher, field, tuple(extreme(value) for value in getattr(teacher, field)))
     return student, teacher, labels
+
+
+def config_of(**options: Any) -> DistillerConfig:
+    """A fused teacher and only the weights that are given."""
+    off = {f"{term}_weight": 0.0 for term in TERMS}
+    return DistillerConfig.model_validate({"name": "tmkd", **off, **options})
+
+
+def distiller_of(label_smoothing: float = 0.0, **options: Any) -> Distiller:
+    torch.manual_seed(0)
+    return Distiller(config_of(**options), SPEC, label_smoothing)
