@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -10,8 +11,12 @@ from typing import Any, Literal
 from pydantic_core import PydanticUndefined
 
 from tmkd_ray.config import ExperimentConfig
+from tmkd_ray.config.search import Bounds, Distribution, Steps
+from tmkd_ray.config.transfer import TRANSFERS, DenseTrainingConfig, TransferConfig
 from tmkd_ray.datasets import DATASETS
-from tmkd_ray.distillers import STRATEGIES
+from tmkd_ray.distillers import STRATEGIES, Strategy
+from tmkd_ray.models import MODELS
+from tmkd_ray.objective import PRESETS
 from tmkd_ray.pretraining import PRETRAINERS
 from tmkd_ray.settings import Settings
 from tmkd_ray.views import VIEWS
@@ -29,8 +34,14 @@ def config_reference() -> str:
         "prints a configuration with every default filled in. `tmkd config reference` generated this page.",
         "",
     ]
+    first: dict[type, str] = {}
     for path, section in _sections("", ExperimentConfig, set()):
+        if section in first:
+            lines += [f"## `{path}`", "", f"The same keys as {first[section]}.", ""]
+            continue
+        first[section] = f"[`{path}`](#{path.replace('.', '')})"
         lines += _section(path or "The top level", section)
+        lines += _additions(path)
     named: tuple[tuple[str, str, Any], ...] = (
         ("Datasets", "`dataset: {name: NAME, …}`", DATASETS),
         ("Views", "`views: {NAME: {…}, …}`", VIEWS),
@@ -42,10 +53,76 @@ def config_reference() -> str:
         for name in registry.names():
             entry = registry.get(name)
             lines += [f"### {name}", "", _first_paragraph(entry), ""]
-            if "__doc__" in vars(entry.Config) and entry.Config.__doc__:
-                lines += [_documented(entry.Config), ""]
+            told = _documented(entry.Config) if "__doc__" in vars(entry.Config) else ""
+            lines += [told, ""] if told else []
+            lines += _reading(entry)
             lines += _table(entry.Config, without=("name",))
+    lines += [
+        "## Models",
+        "",
+        "`teacher.visual.model` and `student.model`: `torchvision/NAME`, `transformers/NAME_OR_FOLDER`, or",
+    ]
+    lines += [f"one of the CIFAR zoo: {', '.join(f'`{name}`' for name in MODELS.names())}.", ""]
+    lines += _transfers()
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _reading(entry: Any) -> list[str]:
+    """Return what a strategy reads of the teacher, which decides the modes that it runs in."""
+    if not isinstance(entry, type) or not issubclass(entry, Strategy):
+        return []
+    if not entry.requires:
+        return ["Needs no teacher.", ""]
+    needed = ", ".join(f"`{name}`" for name in sorted(entry.requires))
+    online = "; needs `knowledge.mode: online`" if any("maps" in name for name in entry.requires) else ""
+    return [f"Reads the teacher's {needed}{online}.", ""]
+
+
+def _additions(path: str) -> list[str]:
+    """Return what a section's table cannot say: presets and distributions."""
+    if path == "distiller":
+        keys = list(dict.fromkeys(key for preset in PRESETS.values() for key in preset))
+        rows = [
+            f"| `{name}` | "
+            + " | ".join(f"`{json.dumps(preset[key])}`" if key in preset else "" for key in keys)
+            + " |"
+            for name, preset in PRESETS.items()
+        ]
+        header = [f"| name | {' | '.join(f'`{key}`' for key in keys)} |", "|---|" + "---|" * len(keys)]
+        return ["What the names set; `0.0` elsewhere:", "", *header, *rows, ""]
+    if path == "search":
+        forms = {
+            Bounds: "`[low, high]`",
+            Steps: "`[low, high, step]`",
+            tuple[int, int]: "`[low, high]`, whole numbers",
+        }
+        rows = []
+        for name, field in Distribution.model_fields.items():
+            form = next(
+                (forms[part] for part in _alternatives(field.annotation) if part in forms), "`[value, …]`"
+            )
+            rows.append(f"| `{name}` | {form} |")
+        table = ["| distribution | given as |", "|---|---|", *rows, ""]
+        return ["## `search.parameters`", "", _documented(Distribution), "", *table]
+    return []
+
+
+def _transfers() -> list[str]:
+    common = tuple(TransferConfig.model_fields)
+    lines = [
+        "## Downstream tasks",
+        "",
+        "`tmkd transfer TASK key=value …`, or a YAML file of these keys. The options `--student`, `--model`,",
+        "`--baseline` and `--data` set the keys of their names; for zero-shot, knn and linear `--data` sets",
+        "`dataset.path`. All tasks take:",
+        "",
+        *_table(TransferConfig),
+    ]
+    for task in TRANSFERS.names():
+        section = TRANSFERS.get(task)
+        lines += [f"### {task}", "", _documented(section), "", *_table(section, without=common)]
+    lines += ["### `training` of detect and segment", "", _documented(DenseTrainingConfig), ""]
+    return lines + _table(DenseTrainingConfig)
 
 
 def _sections(path: str, section: type[Settings], seen: set[type]) -> Iterator[tuple[str, type[Settings]]]:
@@ -71,6 +148,7 @@ def _section(path: str, section: type[Settings]) -> list[str]:
 
 def _table(section: type[Settings], without: tuple[str, ...] = ()) -> list[str]:
     rows = []
+    notes = _attribute_notes(section)
     for name, field in section.model_fields.items():
         if name in without:
             continue
@@ -81,7 +159,7 @@ def _table(section: type[Settings], without: tuple[str, ...] = ()) -> list[str]:
             if isinstance(getattr(item, key, None), int | float)
         ]
         kind = ", ".join([_kind(field.annotation), *bounds])
-        cells = (f"`{name}`", kind, _default(field), field.description or "")
+        cells = (f"`{name}`", kind, _default(field), field.description or notes.get(name, ""))
         rows.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     if not rows:
         return ["No options.", ""]
@@ -143,6 +221,18 @@ def _documented(section: type[Settings]) -> str:
     """Return a class's docstring without what only code is told."""
     text = inspect.cleandoc(section.__doc__ or "")
     return text.partition("\n\nAttributes:")[0].partition("\nAttributes:")[0].strip()
+
+
+def _attribute_notes(section: type[Settings]) -> dict[str, str]:
+    """Return what the docstrings of a class and those it extends say of each attribute."""
+    notes: dict[str, str] = {}
+    for base in reversed(section.__mro__):
+        _, found, listing = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")
+        if found and issubclass(base, Settings):
+            for entry in re.split(r"\n(?= {4}\S)", listing.split("\n\n")[0]):
+                name, _, text = entry.strip().partition(": ")
+                notes[name] = " ".join(text.split()).removesuffix(".")
+    return notes
 
 
 def _first_paragraph(entry: Any) -> str:

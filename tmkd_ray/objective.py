@@ -71,22 +71,32 @@ class DistillerConfig(Settings):
     """
 
     name: Literal["alone", "kd", "tmkd"] = "tmkd"
-    teacher: Literal["none", "plain", "fused"]
+    teacher: Literal["none", "plain", "fused"] = Field(
+        description="plain: on the first view alone; fused: its features of all views, by semantic weight"
+    )
     strategy: SerializeAsAny[StrategyConfig] = Field(default_factory=KDConfig)
     views: tuple[str, ...] | None = Field(
         default=None,
         description="views to fuse; null: all. The plain teacher uses the first",
     )
-    weighting: Weighting = "label"
-    fusion_temperature: float = Field(default=0.1, gt=0)
+    weighting: Weighting = Field(default="label", description="a view's score; see the page on the method")
+    fusion_temperature: float = Field(
+        default=0.1,
+        gt=0,
+        description="of the softmax over the views' scores: high weighs all alike, low picks one",
+    )
     clip_temperature: float | None = Field(default=None, gt=0, description="null: CLIP's own")
-    ce_weight: Weight = 0.0
-    kd_weight: Weight = 0.0
-    feature_weight: Weight = 0.0
-    text_weight: Weight = 0.0
-    text_temperature: float = Field(default=1.0, gt=0)
-    contrastive_weight: Weight = 0.0
-    contrastive_mode: Literal["class", "instance", "both"] = "both"
+    ce_weight: Weight = Field(default=0.0, description="of the cross-entropy with the labels")
+    kd_weight: Weight = Field(default=0.0, description="of the strategy")
+    feature_weight: Weight = Field(default=0.0, description="of the distance to the teacher's feature")
+    text_weight: Weight = Field(default=0.0, description="of the divergence from CLIP's zero-shot distribution")
+    text_temperature: float = Field(
+        default=1.0, gt=0, description="of the student's logits in the text term; CLIP's have clip_temperature"
+    )
+    contrastive_weight: Weight = Field(default=0.0, description="of vision-language contrast")
+    contrastive_mode: Literal["class", "instance", "both"] = Field(
+        default="both", description="against class texts, against the batch's CLIP image embeddings, or both"
+    )
     contrastive_temperature: float = Field(default=0.1, gt=0)
 
     @model_validator(mode="before")

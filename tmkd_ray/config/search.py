@@ -24,7 +24,7 @@ SEARCHERS = ("random", "grid", "optuna")
 
 
 class Distribution(Settings, allow_inf_nan=False):
-    """The values of one field: exactly one of these.
+    """The values of one field: exactly one of these, as `training.learning_rate: {loguniform: [0.01, 0.3]}`.
 
     `randint` and `lograndint` leave out the upper bound, as in Ray Tune; the third number of `quniform` and
     `qloguniform` is the step that values are rounded to. `grid` tries each value with every draw of the others.
