@@ -14,6 +14,8 @@ from tmkd_ray.views import build_view
 from tmkd_ray.views.edge import EdgeConfig
 from tmkd_ray.views.original import OriginalConfig
 
+from .datasets.dataset_samples import encode, random_pixels, write_shard
+
 
 @pytest.fixture
 def images():
@@ -91,6 +93,8 @@ def test_too_many_panels(images):
 
 def test_a_folder(folder, tmp_path, capsys):
     out = tmp_path / "out" / "gallery.png"
+    assert main(["views", str(folder), "--out", str(out)]) == 0
+    assert "2 images of 16 pixels, 6 panels" in capsys.readouterr().out, "their own size"
     assert main(["views", str(folder), "--out", str(out), "--size", "32"]) == 0
     assert "2 images of 32 pixels, 6 panels" in capsys.readouterr().out
     with Image.open(out) as picture:
@@ -105,8 +109,29 @@ def test_a_configuration_gives_images_of_several_classes_and_its_views(tmp_path,
     out = tmp_path / "gallery.png"
     assert main(["views", str(tmp_path / "digits.yaml"), "--out", str(out), "--num", "3"]) == 0
     assert "3 images of 32 pixels, 6 panels" in capsys.readouterr().out
-    assert main(["views", str(tmp_path / "digits.yaml"), "x.png", "--out", str(out)]) == 2
-    assert "one configuration alone" in capsys.readouterr().err
+    config = ["views", str(tmp_path / "digits.yaml"), "--out", str(out)]
+    assert main([*config, "--num", "1", "views.edge.strength=0.2", "dataset.image_size=16"]) == 0
+    assert "1 images of 16 pixels, 2 panels" in capsys.readouterr().out
+    assert main([*config, "x.png"]) == 2
+    assert "one configuration and overrides" in capsys.readouterr().err
+
+
+def test_a_folder_of_parquet_shards_gives_images_of_several_classes(tmp_path, monkeypatch):
+    content = [encode(random_pixels(i, 12, 14)) for i in range(9)]
+    write_shard(tmp_path / "data" / "train-0.parquet", content, [i % 3 for i in range(9)])
+    write_shard(tmp_path / "data" / "test-0.parquet", content[:3], [0, 1, 2])
+    drawn = []
+    monkeypatch.setattr("tmkd_ray.report.panels.panels_png", lambda rows: drawn.extend(rows) or b"")
+    assert main(["views", str(tmp_path), "--out", str(tmp_path / "gallery.png"), "--num", "4"]) == 0
+    assert [row.label for row in drawn] == ["ant", "bee", "cat", "ant"]
+    assert drawn[0].panels[0].image.shape == (12, 12, 3), "the size of the data's own images"
+
+
+def test_a_file_below_the_folder_given_is_named_with_its_own_folder(folder, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("tmkd_ray.report.panels.panels_png", lambda rows: drawn.extend(rows) or b"")
+    assert main(["views", str(folder), str(folder / "a.png"), "--out", str(tmp_path / "gallery.png")]) == 0
+    assert [row.label for row in drawn] == ["a.png", "below/b.png", "a.png"]
 
 
 @pytest.mark.parametrize(

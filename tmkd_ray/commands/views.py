@@ -1,24 +1,29 @@
 """`tmkd views`: what each prior does to one's own images, before a run is paid for."""
 
 import argparse
+import contextlib
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tmkd_ray.commands.base import COMMANDS, Command
 from tmkd_ray.config_reading import parse_yaml, read_config
-from tmkd_ray.errors import UserError
+from tmkd_ray.errors import UnreadableImageError, UserError
 from tmkd_ray.registry import nearest
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from tmkd_ray.datasets import DatasetConfig
     from tmkd_ray.report.panels import PanelRow
     from tmkd_ray.views.base import ViewConfig
 
-DEFAULT_SIZE = 224
+LEAST_PIXELS = 8
+MOST_PIXELS = 224
+"""Larger images are shown at this size, unless another is asked for."""
 MAX_PANELS = 2000
 """More cannot be looked at in one picture."""
 
@@ -40,7 +45,8 @@ class Views(Command):
             "what",
             nargs="+",
             metavar="IMAGE_OR_FOLDER_OR_CONFIG",
-            help="images, folders of them, or one configuration (.yaml): its images, its views",
+            help="images, folders of them, one folder of Parquet shards, or one configuration (.yaml) and its "
+            "overrides (path=value): its images, its views",
         )
         parser.add_argument("--out", default="gallery.png", metavar="FILE", help="a .png; default: gallery.png")
         parser.add_argument(
@@ -51,7 +57,12 @@ class Views(Command):
             help="sweep an option, as edge.strength=0.1,0.2,0.4; again for more, of one view or several",
         )
         parser.add_argument("--num", type=int, default=6, help="images at most; default: 6")
-        parser.add_argument("--size", type=int, help=f"pixels; default: the config's, else {DEFAULT_SIZE}")
+        parser.add_argument(
+            "--size",
+            type=int,
+            help="of the images in pixels, as dataset.image_size; default: the config's, else the images' "
+            f"own up to {MOST_PIXELS}",
+        )
 
     def __call__(self, options: argparse.Namespace) -> int:
         from tmkd_ray import storage
@@ -60,20 +71,23 @@ class Views(Command):
 
         if options.num < 1:
             raise UserError(f"--num is at least 1, not {options.num}")
-        if options.size is not None and options.size < 8:
-            raise UserError(f"--size is at least 8 pixels, not {options.size}")
+        if options.size is not None and options.size < LEAST_PIXELS:
+            raise UserError(f"--size is at least {LEAST_PIXELS} pixels, not {options.size}")
         if not options.out.endswith(".png"):
             raise UserError(f"--out {options.out}: the picture is a PNG; let its name end in .png")
         sweeps = read_grid(options.grid)
         configs = {name: VIEWS.get(name).Config.model_validate({}) for name in _default_views()}
         if options.what[0].endswith((".yaml", ".yml")):
-            if len(options.what) > 1:
-                raise UserError("give one configuration alone, or images and folders")
-            config = read_config(options.what[0])
+            path, *overrides = options.what
+            if any("=" not in override for override in overrides):
+                raise UserError("give one configuration and overrides (path=value), or images and folders")
+            config = read_config(path, overrides)
             configs = dict(config.views)
-            images, labels = _config_images(options.what[0], options.num, options.size)
+            images, labels = _dataset_images(config.dataset, options.num, options.size)
+        elif (shards := _parquet(options.what)) is not None:
+            images, labels = _dataset_images(shards, options.num, options.size or _own_size(shards))
         else:
-            images, labels = _files(options.what, options.num, options.size or DEFAULT_SIZE)
+            images, labels = _files(options.what, options.num, options.size)
         rows = gallery_rows(images, labels, configs, sweeps)
         content = panels_png(rows)
         storage.write_bytes(storage.absolute(options.out), content)
@@ -186,28 +200,76 @@ def _swept(sweep: ViewSweep, base: "ViewConfig | None") -> "Iterator[list[tuple[
         yield line
 
 
-def _files(paths: Sequence[str], num: int, size: int) -> "tuple[np.ndarray, list[str]]":
+def _files(paths: Sequence[str], num: int, size: int | None) -> "tuple[np.ndarray, list[str]]":
     import numpy as np
 
+    from tmkd_ray import storage
     from tmkd_ray.export.images import list_images, read_images
 
     files = list_images(paths)
     chosen = np.unique(np.linspace(0, len(files) - 1, min(num, len(files))).astype(int))
-    read = read_images([files[index] for index in chosen], size)
+    chosen_files = [files[index] for index in chosen]
+    read = read_images(chosen_files, size or _shown_size(map(storage.read_bytes, chosen_files)))
     for entry in read.set_aside:
-        print(f"{entry.id}: cannot be decoded: {entry.reason}")
-    return read.images, [os.path.basename(path) for path in read.paths]
+        print(f"{entry.id}: cannot be decoded: {entry.reason}", file=sys.stderr)
+    return read.images, [_short_path(path, paths) for path in read.paths]
 
 
-def _config_images(path: str, num: int, size: int | None) -> "tuple[np.ndarray, list[str]]":
+def _short_path(path: str, given: Sequence[str]) -> str:
+    """Return a file's name, with its folder's, mostly a class's, if only a folder above that was named."""
+    from tmkd_ray import storage
+
+    folder, name = os.path.split(path)
+    named = {storage.absolute(each).rstrip("/") for each in given}
+    return name if path in named or folder in named else f"{os.path.basename(folder)}/{name}"
+
+
+def _shown_size(contents: "Iterable[bytes | np.ndarray | UnreadableImageError]") -> int:
+    """Return the shortest side of these images, within what can be shown; what is no image does not count."""
+    from tmkd_ray.datasets.decode import to_rgb
+
+    sides = [MOST_PIXELS]
+    for content in contents:
+        if isinstance(content, UnreadableImageError):
+            continue
+        with contextlib.suppress(UnreadableImageError):
+            sides.append(min(to_rgb(content).shape[:2]))
+    return max(LEAST_PIXELS, min(sides))
+
+
+def _parquet(paths: Sequence[str]) -> "DatasetConfig | None":
+    """Return the dataset in a lone folder of Parquet shards."""
+    from tmkd_ray import storage
+    from tmkd_ray.datasets import DATASETS
+
+    folder = storage.absolute(paths[0])
+    if len(paths) > 1 or not storage.is_folder(folder):
+        return None
+    names = storage.list_names(folder) + storage.list_names(storage.join(folder, "data"))
+    if not any(name.endswith(".parquet") for name in names):
+        return None
+    return DATASETS.get("parquet").Config.model_validate({"name": "parquet", "path": folder})
+
+
+def _own_size(config: "DatasetConfig") -> int:
+    """Return the size of a dataset's first images."""
+    import numpy as np
+
+    from tmkd_ray.datasets import build_dataset
+
+    dataset = build_dataset(config)
+    index = dataset.index("train")
+    return _shown_size(dataset.read("train", index.take(np.arange(min(8, len(index))))))
+
+
+def _dataset_images(config: "DatasetConfig", num: int, size: int | None) -> "tuple[np.ndarray, list[str]]":
     """Return training images of as many classes as possible, and their classes' names."""
     import numpy as np
 
     from tmkd_ray.datasets import build_dataset
     from tmkd_ray.datasets.decode import load_images
 
-    overrides = [] if size is None else [f"dataset.image_size={size}"]
-    dataset = build_dataset(read_config(path, overrides).dataset)
+    dataset = build_dataset(config if size is None else config.model_copy(update={"image_size": size}))
     index = dataset.index("train")
     _, first = np.unique(index.labels, return_index=True)
     chosen = first[np.linspace(0, len(first) - 1, min(num, len(first))).astype(int)]
