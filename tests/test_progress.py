@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from tmkd_ray import progress
-from tmkd_ray.progress import Rate, say, time_left
+from tmkd_ray.progress import Rate, lines_to, say, time_left
 
 
 @pytest.fixture
@@ -101,3 +101,25 @@ def test_lines_come_at_least_once_a_minute(clock):
 )
 def test_time_left(seconds, text):
     assert time_left(seconds) == text
+
+
+def test_a_short_stage_may_keep_quiet_and_a_long_one_says_its_end(clock):
+    said = []
+    short = Rate("short", 2, "files", interval_s=5, say=said.append, quiet_if_short=True)
+    for _ in short.over(range(2)):
+        clock.now += 1
+    assert said == []
+    long = Rate("long", 2, "files", interval_s=5, say=said.append, quiet_if_short=True)
+    assert [item for item in long.over("ab") if setattr(clock, "now", clock.now + 10) is None] == ["a", "b"]
+    assert said == ["long: 1/2 files  0.1 files/s  10 s left", "long: 2/2 files  0.1 files/s  in 20 s"]
+
+
+def test_a_workers_lines_go_to_the_one_who_waits(clock, capsys):
+    said = []
+    with lines_to(said.append):
+        say("one")
+        Rate("two", 1, "files").advance(1)
+    say("three")
+    assert said[0] == "one"
+    assert said[1].startswith("two: 1/1 files")
+    assert capsys.readouterr().err == "three\n"

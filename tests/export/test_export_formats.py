@@ -63,7 +63,7 @@ def own_logits(student: Student, images_NHWC: np.ndarray) -> np.ndarray:
 
 
 def test_the_command_line_knows_every_format():
-    assert EXPORTERS.names() == list(FORMATS)
+    assert {name: EXPORTERS.get(name).description for name in EXPORTERS} == FORMATS
 
 
 def test_no_two_formats_share_a_suffix():

@@ -45,7 +45,8 @@ def expected(run_folder, digit_files):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_predicts_as_the_student(files, digit_files, expected, capsys, name):
+def test_every_format_predicts_as_the_student(files, digit_files, expected, capsys, monkeypatch, name):
+    monkeypatch.setattr("tmkd_ray.commands.export.PREDICTED_AT_ONCE", 5)  # of 12
     assert main(["predict", files[name], str(digit_files), "--json", "--top", "3"]) == 0
     out, err = capsys.readouterr()
     predictions = json.loads(out)

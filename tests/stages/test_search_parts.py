@@ -48,7 +48,7 @@ def make(tmp_path):
         plan = TrialPlan(
             space.config, "k", {key: None}, str(tmp_path), "trials", tuple(parameters), evolves, 0.0
         )
-        return space, plan, Recorder(space, plan, {key: "store"})
+        return space, plan, Recorder(space, plan, {key: "store"}, 4)
 
     return make
 
@@ -87,6 +87,24 @@ def test_a_trial_is_finished_stopped_or_interrupted(make):
     assert [record.status for record in load_trials(plan.folder)] == ["finished", "stopped", "running"]
 
 
+def test_it_is_said_how_far_the_sweep_is(make, monkeypatch, capsys):
+    _, _, recorder = make()
+    now = [recorder.started]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    trials = [trial_of(number, 0.01 * (number + 1)) for number in range(3)]
+    for trial in trials:
+        now[0] += 30
+        run_trial(recorder, trial, epoch(1), epoch(2), epoch(3))
+        recorder.on_trial_complete(0, [], trial)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].endswith("(1/4 trials over, 120.0 an hour, about 1 min 30 s left)")
+    assert lines[-1].endswith("(3/4 trials over, 120.0 an hour, about 30 s left)")
+    now[0] += 90  # the last one takes long
+    run_trial(recorder, trial_of(3, 0.09), epoch(1))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "search: 3/4 trials over, 60.0 an hour, about 1 min 00 s left; running: trial 3 epoch 1/3"
+
+
 def test_a_failure_is_counted_then_marked_with_its_reason(make, tmp_path):
     _, plan, recorder = make()
     (tmp_path / "error").write_text("Failure # 1\nTraceback …\ntmkd_ray.x.DivergedError: the loss is NaN\n\n")
@@ -107,13 +125,13 @@ def test_what_is_over_is_known_to_the_next_run(make):
     space, plan, recorder = make()
     run_trial(recorder, trial_of(0), epoch(1), epoch(2), epoch(3))  # killed before it was said to be complete
     run_trial(recorder, trial_of(1, 0.02), epoch(1))
-    again = Recorder(space, plan, recorder.fingerprints)
+    again = Recorder(space, plan, recorder.fingerprints, 2)
     assert again.is_over(Assignment(0, {RATE: 0.05}, 0))
     assert not again.is_over(Assignment(1, {RATE: 0.02}, 0))
     assert not again.is_over(Assignment(0, {RATE: 0.05}, 1)), "another seed"
     run_trial(again, trial_of(1, 0.02), epoch(2), epoch(3))
     assert [record.epoch for record in load_trials(plan.folder)[1].history] == [1, 2, 3]
-    rebuilt = Recorder(space, plan, dict.fromkeys(recorder.fingerprints, "another store"))
+    rebuilt = Recorder(space, plan, dict.fromkeys(recorder.fingerprints, "another store"), 2)
     assert rebuilt.records == {}
 
 

@@ -1,6 +1,5 @@
 """Look closely at a run's networks: what they cost, how they relate classes and images, where they look."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from tmkd_ray.analysis.samples import balanced_rows, rows_of_classes, spread_cla
 from tmkd_ray.analysis_record import Explanation, GradCam
 from tmkd_ray.datasets.base import ImageDataset
 from tmkd_ray.datasets.decode import load_images
+from tmkd_ray.progress import Rate, say
 from tmkd_ray.results import CostRecord
 
 TEACHER = "teacher"
@@ -81,14 +81,12 @@ def look_closely(
     batch_size: int,
     device: torch.device,
     device_name: str,
-    say: Callable[[str], None],
 ) -> CloserLook:
     """Compare the networks on test images, and explain others.
 
     Args:
         subjects: the students' gaps are to the one whose role is `teacher`, if there is one.
         num_images: test images whose logits are compared, evenly over the classes.
-        say: told what is being done.
     """
     for subject in subjects:
         subject.model.eval().to(device)
@@ -101,11 +99,14 @@ def look_closely(
     is_compared = np.isin(loaded.ids, index.ids[compared])
     is_projected = np.isin(loaded.ids, index.ids[projected])
     say(f"{len(subjects)} networks on {len(loaded.labels):,} test images ({device_name})")
-    said = {subject.key: subject.responses(loaded.images, device, batch_size) for subject in subjects}
+    progress = Rate("features", len(subjects), "networks")
+    said = {
+        subject.key: subject.responses(loaded.images, device, batch_size) for subject in progress.over(subjects)
+    }
     shown = spread_classes(np.arange(len(dataset.class_names)), _MAX_CORRELATED)
     networks: dict[str, dict[str, Any]] = {}
-    for number, subject in enumerate(subjects, 1):
-        say(f"t-SNE of {is_projected.sum():,} features, {number}/{len(subjects)}: {subject.key}")
+    say(f"t-SNE of {is_projected.sum():,} features of each network")
+    for subject in Rate("t-SNE", len(subjects), "networks").over(subjects):
         networks[subject.key] = _relations(said, subject, is_compared, is_projected, shown)
     shared = {
         "num_images": int(is_compared.sum()),
@@ -147,7 +148,7 @@ def _grad_cam(subjects: list[Subject], explained: Explained, device: torch.devic
         maps = heat_maps(activation_Nhw, size)
         explanations.append(Explanation(key=key, maps=maps, probabilities=p_N.numpy()))
 
-    for subject in subjects:
+    for subject in Rate("Grad-CAM", len(subjects), "networks").over(subjects):
         plain = activation(subject, explained.images)
         if plain is None:
             continue

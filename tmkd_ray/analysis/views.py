@@ -52,7 +52,7 @@ def view_wins(
     weights_NV: np.ndarray,
     views: Mapping[str, View],
     class_names: tuple[str, ...],
-    most: int = 4,
+    most: int = 3,
 ) -> ViewWins:
     """Count the images that each view won, and show those it won most clearly.
 

@@ -28,8 +28,12 @@ class Benchmark(Command):
         parser.add_argument("--teacher", metavar="RUN", help="a run's folder: its visual teacher takes part")
         parser.add_argument("--method", help="of the runs' students; default: the config's `distiller`")
         parser.add_argument("--seed", type=int, help="of the runs' students; default: the lowest")
-        parser.add_argument("--batch", type=int, default=64, help="images at once for the throughput")
-        parser.add_argument("--rounds", type=int, default=15, help="medians and quartiles are over so many")
+        parser.add_argument(
+            "--batch", type=int, default=64, help="images at once for the throughput; default: 64"
+        )
+        parser.add_argument(
+            "--rounds", type=int, default=15, help="medians and quartiles are over so many; default: 15"
+        )
         parser.add_argument("--threads", type=int, help="of PyTorch and ONNX Runtime; default: PyTorch's own")
         parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of PyTorch")
         parser.add_argument("--engine", choices=ENGINES, help="only this one; default: both")
@@ -37,10 +41,10 @@ class Benchmark(Command):
 
     def __call__(self, options: argparse.Namespace) -> int:
         import torch
-        from tqdm import tqdm
 
         from tmkd_ray import storage
         from tmkd_ray.export.latency import measure_speeds
+        from tmkd_ray.progress import Rate
 
         for name in ("batch", "rounds", "threads"):
             value = getattr(options, name)
@@ -56,7 +60,7 @@ class Benchmark(Command):
                 contestants,
                 options.batch,
                 options.rounds,
-                lambda rounds: tqdm(rounds, desc="benchmark", unit="round", disable=None),
+                lambda rounds: Rate("benchmark", len(rounds), "rounds").over(rounds),
             )
         print(format_speeds(speeds, torch.get_num_threads(), options.rounds))
         if options.json is not None:
@@ -81,9 +85,11 @@ def _contestants(options: argparse.Namespace, folder: str) -> "list[Contestant]"
     from tmkd_ray.export.latency import Contestant
     from tmkd_ray.export.student import find_student
     from tmkd_ray.export.teacher import find_teacher
+    from tmkd_ray.progress import say
 
     contestants: list[Contestant] = []
     for path in options.models:
+        say(f"benchmark: opening {path}")
         if storage.exists(storage.join(storage.absolute(path), "config.yaml")):
             found = find_student(path, options.method, options.seed)
             name = (
@@ -101,6 +107,7 @@ def _contestants(options: argparse.Namespace, folder: str) -> "list[Contestant]"
             flops = _flops(exported.record)
             contestants.append(Contestant(name, exported.engine, exported.run, exported.record, flops=flops))
     if options.teacher is not None:
+        say(f"benchmark: opening the teacher of {options.teacher}")
         teacher = find_teacher(options.teacher)
         contestants += _of_student(teacher, f"teacher: {teacher.record.model}", options, folder)
     if not contestants:

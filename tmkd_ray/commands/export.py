@@ -12,14 +12,24 @@ from tmkd_ray.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
+    from tmkd_ray.datasets.decode import SetAside
     from tmkd_ray.export import ExportedModel
     from tmkd_ray.export.images import ReadImages
     from tmkd_ray.export.student import FoundStudent
 
-FORMATS = ("hf", "onnx", "pt2", "safetensors", "torchscript", "torchvision")
-"""The names in `EXPORTERS`, which takes a second to import; a test compares them."""
+FORMATS = {
+    "hf": "a folder for Hugging Face's hub, with preprocessor_config.json and a model card",
+    "onnx": "a graph for ONNX Runtime and others, with a dynamic batch and metadata",
+    "pt2": "a program for torch.export.load, with a dynamic batch",
+    "safetensors": "weights with metadata, read without running code; the network is built by tmkd_ray",
+    "torchscript": "a traced program for torch.jit.load (deprecated by PyTorch; for C++ and mobile)",
+    "torchvision": "a .pth in torchvision's own state-dict names, for students torchvision/NAME",
+}
+"""What `EXPORTERS` holds, which takes a second to import; a test compares them."""
 
 NUM_PARITY_IMAGES = 64
+PREDICTED_AT_ONCE = 256
+"""Images that are held decoded; a folder may hold any number."""
 
 
 @COMMANDS.register("export")
@@ -30,7 +40,10 @@ class Export(Command):
         parser.add_argument(
             "run", metavar="RUN_OR_STUDENT", help="a run's folder, or a student's model.safetensors"
         )
-        parser.add_argument("--format", required=True, choices=FORMATS)
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        listing = "\n".join(f"  {name:12} {description}" for name, description in FORMATS.items())
+        parser.epilog = f"formats:\n{listing}"
+        parser.add_argument("--format", required=True, choices=FORMATS, help="see below")
         parser.add_argument("--out", metavar="PATH", help="default: in the folder exports of the run")
         parser.add_argument("--method", help="of the run; default: that of the config's `distiller`")
         parser.add_argument("--seed", type=int, help="of the run; default: the lowest")
@@ -126,13 +139,16 @@ class Predict(Command):
             help="what `tmkd export` wrote; .pt and .pt2 files hold programs: open only those that you trust",
         )
         parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER")
-        parser.add_argument("--top", type=int, default=5, help="classes to tell, most probable first")
+        parser.add_argument(
+            "--top", type=int, default=5, help="classes to tell, most probable first; default: 5"
+        )
         parser.add_argument("--json", action="store_true", help="print JSON; an encoder's features, too")
 
     def __call__(self, options: argparse.Namespace) -> int:
         from tmkd_ray import storage
-        from tmkd_ray.export.images import list_images, read_images
+        from tmkd_ray.export.images import decode_files, list_images, none_decoded
         from tmkd_ray.export.reading import format_of, load_exported
+        from tmkd_ray.progress import Rate
 
         if options.top < 1:
             raise UserError(f"--top is at least 1, not {options.top}")
@@ -145,19 +161,33 @@ class Predict(Command):
                 f"{options.model} is an encoder, trained without labels: it knows no classes. --json prints "
                 "its features"
             )
-        read = read_images(files, model.record.image_size)
-        predictions = _predictions(model, read, options.top)
+        predictions: list[dict[str, Any]] = []
+        set_aside: list[SetAside] = []
+        progress = Rate("predict", len(files), "images", quiet_if_short=True)
+        for start in range(0, len(files), PREDICTED_AT_ONCE):
+            read = decode_files(files[start : start + PREDICTED_AT_ONCE], model.record.image_size)
+            set_aside += read.set_aside
+            new = _predictions(model, read, options.top) if read.paths else []
+            if options.json:
+                predictions += new
+            else:
+                _print_predictions(new)
+            progress.advance(len(read.paths) + len(read.set_aside))
+        if len(set_aside) == len(files):
+            raise none_decoded(set_aside)
         if options.json:
-            unread = [{"image": entry.id, "error": entry.reason} for entry in read.set_aside]
+            unread = [{"image": entry.id, "error": entry.reason} for entry in set_aside]
             print(json.dumps(predictions + unread, indent=1, ensure_ascii=False))
-        else:
-            for prediction in predictions:
-                classes = prediction["predictions"]
-                told = ", ".join(f"{each['class']} {100 * each['probability']:.1f} %" for each in classes)
-                print(f"{prediction['image']}: {told}")
-        for entry in read.set_aside:
+        for entry in set_aside:
             print(f"{entry.id}: cannot be decoded: {entry.reason}", file=sys.stderr)
-        return 1 if read.set_aside else 0
+        return 1 if set_aside else 0
+
+
+def _print_predictions(predictions: list[dict[str, Any]]) -> None:
+    for prediction in predictions:
+        classes = prediction["predictions"]
+        told = ", ".join(f"{each['class']} {100 * each['probability']:.1f} %" for each in classes)
+        print(f"{prediction['image']}: {told}")
 
 
 def _predictions(model: "ExportedModel", read: "ReadImages", top: int) -> list[dict[str, Any]]:

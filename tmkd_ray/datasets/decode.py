@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from tmkd_ray.datasets.base import ImageDataset, SampleIndex, Split
 from tmkd_ray.errors import UnreadableImageError, UserError
+from tmkd_ray.progress import Rate
 
 VERSION = 1
 """Raised whenever the same file gives other pixels; enters the knowledge store's fingerprint."""
@@ -31,6 +32,7 @@ MAX_PIXELS = 89_478_485
 """Larger images are refused before a pixel is decoded (the limit at which Pillow warns)."""
 
 _CHUNK_ROWS = 1024
+_SAY_EVERY_S = 10.0
 _EXIF_ORIENTATION = 0x0112
 
 
@@ -85,16 +87,18 @@ def load_images(
     images = np.empty((len(index), size, size, 3), dtype=np.uint8)
     reasons = np.full(len(index), None, dtype=object)
 
-    def decode(positions: np.ndarray) -> None:
+    def decode(positions: np.ndarray) -> int:
         images[positions], reasons[positions] = decode_batch(dataset, split, index.take(positions))
+        return len(positions)
 
     # By place in the files, so that a block of a Parquet file is read by one chunk, or two.
     order = np.lexsort((index.row, index.part))
     chunk_rows = max(1, min(_CHUNK_ROWS, -(-len(index) // num_threads)))
     chunks = [order[start : start + chunk_rows] for start in range(0, len(index), chunk_rows)]
+    progress = Rate(f"reading images, {split}", len(index), "images", _SAY_EVERY_S, quiet_if_short=True)
     with ThreadPoolExecutor(num_threads) as pool:
-        for _ in pool.map(decode, chunks):
-            pass
+        for count in pool.map(decode, chunks):
+            progress.advance(count)
     good = np.array([reason is None for reason in reasons], dtype=bool)
     set_aside = [SetAside(str(index.ids[i]), reasons[i]) for i in np.flatnonzero(~good)]
     if not set_aside:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tmkd_ray.progress import Rate
+
 _CHUNK_VALUES = 1 << 25
 """Similarities that are held at once."""
 
@@ -30,7 +32,8 @@ def knn_votes(
     k = min(k, len(bank_NS))
     chunk = max(1, _CHUNK_VALUES // len(bank_NS))
     votes = []
-    for start in range(0, len(queries_MS), chunk):
+    starts = range(0, len(queries_MS), chunk)
+    for start in Rate("nearest neighbours", len(starts), "chunks", quiet_if_short=True).over(starts):
         part_BS = queries_MS[start : start + chunk]
         cosine_BK, nearest_BK = (part_BS @ bank_NS.T).topk(k, dim=1)
         weight_BK = ((cosine_BK - cosine_BK[:, :1]) / temperature).exp()

@@ -13,6 +13,7 @@ from tmkd_ray.config.transfer import LinearConfig
 from tmkd_ray.datasets.splits import stratified_part
 from tmkd_ray.downstream.features import FeatureTable
 from tmkd_ray.downstream.knn import top_accuracies
+from tmkd_ray.progress import Rate
 from tmkd_ray.training.loader import epoch_order
 
 
@@ -40,11 +41,15 @@ def fit_probes(
     num_classes: int,
     learning_rates: Sequence[float],
     config: LinearConfig,
+    label: str = "linear probe",
 ) -> tuple[Tensor, Tensor]:
     """Fit one softmax regression for each learning rate, side by side on the same batches.
 
     SGD with momentum on the mean cross-entropy, from zero weights, the rate falling as a cosine; weight decay
     on the weights, not on the biases.
+
+    Args:
+        label: for progress lines.
 
     Returns:
         Weights [L, C, S] and biases [L, C].
@@ -57,7 +62,8 @@ def fit_probes(
     biases_LC = features_NS.new_zeros(len(learning_rates), num_classes)
     moved_weights, moved_biases = torch.zeros_like(weights_LCS), torch.zeros_like(biases_LC)
     targets_NC = F.one_hot(labels_N, num_classes).to(features_NS.dtype)
-    for step in range(num_steps):
+    progress = Rate(label, num_steps, "steps", quiet_if_short=True)
+    for step in progress.over(range(num_steps)):
         if step % per_epoch == 0:
             order_N = epoch_order(len(features_NS), config.seed, step // per_epoch)
         start = step % per_epoch * batch_size
@@ -102,7 +108,10 @@ def probe(
 
         rates = sorted(config.learning_rates)
         labels = torch.from_numpy(train.labels[rows])
-        weights_LCS, biases_LC = fit_probes((features - mean_S) / std_S, labels, num_classes, rates, config)
+        label = f"linear probe, {name}, {100 * fraction:g} % of labels"
+        weights_LCS, biases_LC = fit_probes(
+            (features - mean_S) / std_S, labels, num_classes, rates, config, label
+        )
         validation_MS, validation_labels = standardised(validation), torch.from_numpy(validation.labels)
         accuracies = [
             top_accuracies(validation_MS @ weights_CS.T + biases_C, validation_labels)[0]

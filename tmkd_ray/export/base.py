@@ -2,7 +2,7 @@
 
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tmkd_ray.errors import UserError
 from tmkd_ray.export.record import ExportRecord
 from tmkd_ray.models import ImageClassifier
+from tmkd_ray.progress import Rate
 from tmkd_ray.registry import Registry
 from tmkd_ray.teachers.pixels import Normalize
 
@@ -72,10 +73,17 @@ class ExportedModel:
     network: nn.Module | None = None
 
     @torch.inference_mode()
-    def __call__(self, images_BHWC: np.ndarray, batch_size: int = 64) -> Tensor:
-        """Return float32 [B, C or S] of decoded uint8 images of the record's size."""
+    def __call__(self, images_BHWC: np.ndarray, batch_size: int = 64, label: str | None = None) -> Tensor:
+        """Return float32 [B, C or S] of decoded uint8 images of the record's size.
+
+        Args:
+            label: of progress lines; None: there are none.
+        """
         normalize = Normalize(self.record.mean, self.record.std)
-        batches = torch.split(torch.from_numpy(images_BHWC), batch_size)
+        batches: Iterable[Tensor] = torch.split(torch.from_numpy(images_BHWC), batch_size)
+        if label is not None:
+            progress = Rate(label, -(-len(images_BHWC) // batch_size), "batches", quiet_if_short=True)
+            batches = progress.over(batches)
         return torch.cat([self.run(normalize(batch).contiguous()).float() for batch in batches])
 
 

@@ -10,6 +10,7 @@ import torch
 from tmkd_ray import storage
 from tmkd_ray.errors import UserError
 from tmkd_ray.export.base import ExportedModel, Exporter, Student
+from tmkd_ray.progress import say
 from tmkd_ray.teachers.pixels import Normalize
 
 _BATCHES = (1, 7)
@@ -74,7 +75,9 @@ def export_student(
     exporter.check(student.record)
     with tempfile.TemporaryDirectory(prefix="tmkd-") as folder:
         path = os.path.join(folder, os.path.basename(out.rstrip("/")))
+        say(f"export: writing {student.record.model} as {exporter.description}")
         exporter.write(student, path)
+        say(f"export: comparing it with the student on {len(images_NHWC)} images")
         parity = measure_parity(student, exporter.read(path), images_NHWC)
         limit = exporter.tolerance if tolerance is None else tolerance
         if not parity.max_difference <= limit:

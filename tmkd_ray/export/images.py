@@ -65,19 +65,30 @@ def read_images(paths: Sequence[str], size: int) -> ReadImages:
     Raises:
         UserError: not one can be decoded, or a file cannot be read.
     """
-    images, good, set_aside = [], [], []
+    read = decode_files(paths, size)
+    if not read.paths:
+        raise none_decoded(read.set_aside)
+    return read
+
+
+def none_decoded(set_aside: Sequence[SetAside]) -> UserError:
+    """Return the error for files of which not one can be decoded."""
+    first = set_aside[0]
+    return UserError(
+        f"none of the {len(set_aside)} files can be decoded; the first, {first.id}: {first.reason}"
+    )
+
+
+def decode_files(paths: Sequence[str], size: int) -> ReadImages:
+    """Decode files, of which none may be an image; raises as `read_images` where one cannot be read."""
+    images, good, set_aside = [np.empty((0, size, size, 3), dtype=np.uint8)], [], []
     for path in paths:
         try:
-            images.append(resize_to_square(to_rgb(storage.read_bytes(path)), size))
+            images.append(resize_to_square(to_rgb(storage.read_bytes(path)), size)[None])
             good.append(path)
         except UnreadableImageError as error:
             set_aside.append(SetAside(path, str(error)))
-    if not images:
-        first = set_aside[0]
-        raise UserError(
-            f"none of the {len(set_aside)} files can be decoded; the first, {first.id}: {first.reason}"
-        )
-    return ReadImages(np.stack(images), good, set_aside)
+    return ReadImages(np.concatenate(images), good, set_aside)
 
 
 def dataset_images(config: ExperimentConfig, part: str, most: int | None = None, seed: int = 0) -> LoadedImages:

@@ -94,7 +94,7 @@ def measure_speeds(
     contestants: list[Contestant],
     batch_size: int,
     num_rounds: int,
-    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    progress: Callable[[range], Iterable[int]] = iter,
 ) -> list[Speed]:
     """Measure all of them, in the order given.
 

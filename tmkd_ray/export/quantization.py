@@ -20,6 +20,7 @@ from tmkd_ray.errors import UserError
 from tmkd_ray.export.base import EXPORTERS, ExportedModel, Student, require_packages
 from tmkd_ray.export.exporting import publish
 from tmkd_ray.export.onnx_graph import INPUT_NAME
+from tmkd_ray.progress import say
 from tmkd_ray.teachers.pixels import Normalize
 
 NUM_CALIBRATION_IMAGES = 256
@@ -68,6 +69,7 @@ def quantize_onnx(
         original = onnx_format.read(local)
         target = os.path.join(folder, "checked", os.path.basename(out))
         os.mkdir(os.path.dirname(target))
+        say(f"export: calibrating int8 on {len(calibration)} training images")
         _quantize(local, target, folder, _batches(student, calibration))
         _write_record(target, student.record.model_copy(update={"precision": "int8"}).to_metadata())
         outcome = _compare(original, onnx_format.read(target), validation, local, target)
@@ -141,8 +143,8 @@ def _write_record(path: str, metadata: dict[str, str]) -> None:
 def _compare(
     original: ExportedModel, quantized: ExportedModel, validation: LoadedImages, source: str, target: str
 ) -> QuantizationOutcome:
-    float32_N = original(validation.images).argmax(1).numpy()
-    int8_N = quantized(validation.images).argmax(1).numpy()
+    float32_N = original(validation.images, label="export, accuracy of float32").argmax(1).numpy()
+    int8_N = quantized(validation.images, label="export, accuracy of int8").argmax(1).numpy()
     return QuantizationOutcome(
         float32_accuracy=float((float32_N == validation.labels).mean()),
         int8_accuracy=float((int8_N == validation.labels).mean()),

@@ -37,6 +37,7 @@ from tmkd_ray.fusion import TeacherConstants
 from tmkd_ray.knowledge.fingerprint import Fingerprint, check_match
 from tmkd_ray.knowledge.layout import KnowledgeLayout, decode_array, decode_images
 from tmkd_ray.knowledge.quantization import dequantize
+from tmkd_ray.progress import Rate
 from tmkd_ray.types import Knowledge
 
 SCHEMA_VERSION = 2
@@ -403,7 +404,8 @@ class KnowledgeStore:
             return ids
 
         with ThreadPoolExecutor(_SHARD_THREADS) as pool:
-            ids = [name for part in pool.map(fill, records, starts) for name in part]
+            progress = Rate(f"reading the store, {split}", len(records), "shards", 10.0, quiet_if_short=True)
+            ids = [name for part in progress.over(pool.map(fill, records, starts)) for name in part]
         return KnowledgeArrays(
             layout,
             ids=np.array(ids, dtype=np.str_),

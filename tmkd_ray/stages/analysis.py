@@ -22,11 +22,12 @@ from tmkd_ray.stages.evaluation import Classifier, Evaluation, Measured, Network
 from tmkd_ray.stages.experiment import Experiment
 from tmkd_ray.stages.knowledge import KnowledgeResult
 from tmkd_ray.stages.pipeline import actors_errors
-from tmkd_ray.stages.progress import progress_channel
+from tmkd_ray.stages.progress import lines_to, progress_channel
 from tmkd_ray.stages.session import num_gpus
 from tmkd_ray.stages.training import device_name
 
-_GALLERY_IMAGES = 8
+_GALLERY_IMAGES = 9
+"""Three rows, where there are three views."""
 
 
 @dataclass(frozen=True)
@@ -199,13 +200,13 @@ def _look_closely(
 ) -> CloserLook:
     cv2.setNumThreads(1)
     device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
-    return look_closely(
-        subjects,
-        experiment.dataset,
-        explained,
-        experiment.config.report.num_images,
-        experiment.config.training.evaluation_batch_size,
-        device,
-        device_name(device),
-        lambda line: channel.put.remote(f"analysis: {line}"),
-    )
+    with lines_to(lambda line: channel.put.remote(f"analysis: {line}")):
+        return look_closely(
+            subjects,
+            experiment.dataset,
+            explained,
+            experiment.config.report.num_images,
+            experiment.config.training.evaluation_batch_size,
+            device,
+            device_name(device),
+        )

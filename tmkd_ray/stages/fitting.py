@@ -19,7 +19,7 @@ from tmkd_ray.models import build_model
 from tmkd_ray.models.view_batch_norm import use_view_statistics
 from tmkd_ray.stages.experiment import Experiment, identity_key, locked_text_features, training_identity
 from tmkd_ray.stages.pipeline import actors_errors
-from tmkd_ray.stages.progress import say
+from tmkd_ray.stages.progress import lines_to, progress_channel, say
 from tmkd_ray.stages.session import num_gpus
 from tmkd_ray.stages.training import Outcome, TrainingJob, device_name, run_jobs
 from tmkd_ray.teachers import ClipTeacher, VisualTeacher
@@ -168,12 +168,14 @@ def _estimate_once(experiment: Experiment, job: TrainingJob) -> None:
     say(f"{job.label}: batch-norm statistics of {', '.join(experiment.config.views)}")
     use_gpu = num_gpus() >= 1 and experiment.config.teacher.visual.fit.use_gpu is not False
 
-    def estimate() -> str:
-        return _estimate(experiment, job, torch.device("cuda" if use_gpu else "cpu"))
+    def estimate(channel: Any) -> str:
+        with lines_to(channel.put.remote):
+            return _estimate(experiment, job, torch.device("cuda" if use_gpu else "cpu"))
 
     remote = ray.remote(num_cpus=1, num_gpus=int(use_gpu), max_retries=3)(estimate)
-    with actors_errors():
-        say(ray.get(remote.remote()))
+    with progress_channel() as channel, actors_errors():
+        said = ray.get(remote.remote(channel))
+    say(said)
 
 
 def _estimate(experiment: Experiment, job: TrainingJob, device: torch.device) -> str:

@@ -9,6 +9,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tmkd_ray.progress import Rate as Rate
+from tmkd_ray.progress import lines_to as lines_to
 from tmkd_ray.progress import say as say
 
 

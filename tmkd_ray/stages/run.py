@@ -43,8 +43,8 @@ T = TypeVar("T")
 
 _LABELS = {
     "alone": "student alone",
-    "kd": "KD, plain teacher",
-    "tmkd": "TMKD, text-guided fused teacher",
+    "kd": "KD (plain teacher)",
+    "tmkd": "TMKD (text-guided fused teacher)",
     "lgd": "LGD",
     "seed": "SEED",
     "embedding": "embedding MSE",

@@ -199,7 +199,7 @@ class _Sweeping:
             begun = load_sweep(plan.folder).record.created
             self.record = self.record.model_copy(update={"created": begun})
         save_sweep(self.record)
-        self.recorder = Recorder(space, plan, fingerprints)
+        self.recorder = Recorder(space, plan, fingerprints, search.total_trials())
         self.recorder.latencies = measure_latencies(space, plan) if "latency" in search.objectives else {}
 
     def run(self) -> None:
@@ -376,7 +376,7 @@ def _confirm(space: Space, plan: TrialPlan, fingerprints: Mapping[str, str], swe
     plan = replace(plan, part="confirm", evolves=False)
     calm = space.search.model_copy(update={"scheduler": type(space.search.scheduler)(), "time_budget_s": None})
     space = replace(space, config=space.config.model_copy(update={"search": calm}))
-    recorder = Recorder(space, plan, fingerprints)
+    recorder = Recorder(space, plan, fingerprints, len(sweep.to_confirm(confirm.top)) * confirm.seeds)
     waiting = [
         trial
         for best in sweep.to_confirm(confirm.top)

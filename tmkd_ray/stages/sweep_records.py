@@ -8,11 +8,14 @@ from typing import Any
 from ray import tune
 
 from tmkd_ray.config import ExperimentConfig
+from tmkd_ray.progress import time_left
 from tmkd_ray.results import EpochRecord
 from tmkd_ray.search.space import Parameters, Space, store_key, trial_config
 from tmkd_ray.stages.progress import say
 from tmkd_ray.stages.trials import Assignment, TrialPlan, assignment_of, drop_checkpoints, trial_key
 from tmkd_ray.trials import TrialRecord, load_trials, save_trial
+
+_SAY_EVERY_S = 60.0
 
 
 class Recorder(tune.Callback):  # type: ignore[misc]
@@ -21,9 +24,10 @@ class Recorder(tune.Callback):  # type: ignore[misc]
     Attributes:
         records: by trial key; those of an earlier run of the command are read at the start.
         latencies: milliseconds by `student_key`.
+        total: number of trials, those of an earlier run of the command too.
     """
 
-    def __init__(self, space: Space, plan: TrialPlan, fingerprints: Mapping[str, str]) -> None:
+    def __init__(self, space: Space, plan: TrialPlan, fingerprints: Mapping[str, str], total: int) -> None:
         self.space, self.plan, self.fingerprints = space, plan, fingerprints
         self.latencies: dict[str, float] = {}
         self.ends = math.inf
@@ -36,6 +40,9 @@ class Recorder(tune.Callback):  # type: ignore[misc]
             if record.status == "running" and len(record.history) == record.epochs:
                 record = self._save(record.model_copy(update={"status": "finished"}))
             self.records[record.key] = record
+        self.total = total
+        self.over_before = sum(record.status != "running" for record in self.records.values())
+        self.started = self.said = time.monotonic()
 
     def is_over(self, trial: Assignment) -> bool:
         record = self.records.get(trial_key(self.plan, trial))
@@ -71,6 +78,7 @@ class Recorder(tune.Callback):  # type: ignore[misc]
         passes = result.get("teacher_passes", record.teacher_passes)
         update = {"ended": time.time(), "teacher_passes": max(passes, record.teacher_passes)}
         self._save(record.model_copy(update=update))
+        self._say_running()
 
     @staticmethod
     def _with_values(record: TrialRecord, parameters: Parameters) -> TrialRecord:
@@ -103,10 +111,30 @@ class Recorder(tune.Callback):  # type: ignore[misc]
         drop_checkpoints(self.plan, record.key)
         over = sum(other.status != "running" for other in self.records.values())
         accuracy = 100 * (record.accuracy or 0.0)
+        self.said = time.monotonic()
         say(
             f"trial {record.number} {status} after {len(record.history)} epochs, validation {accuracy:.2f} %  "
-            f"({over} trials over)"
+            f"({self._position(over)})"
         )
+
+    def _position(self, over: int) -> str:
+        """Return how many trials are over, how fast that goes, and how long the others will take."""
+        new = over - self.over_before
+        text = f"{over}/{self.total} trials over"
+        if new < 1 or over >= self.total:
+            return text
+        seconds = (time.monotonic() - self.started) / new
+        return f"{text}, {3600 / seconds:,.1f} an hour, about {time_left(seconds * (self.total - over))} left"
+
+    def _say_running(self) -> None:
+        """Say now and then how far the running trials are: each may take hours."""
+        if time.monotonic() - self.said < _SAY_EVERY_S:
+            return
+        self.said = time.monotonic()
+        running = [r for r in self.records.values() if r.status == "running" and r.history]
+        over = sum(record.status != "running" for record in self.records.values())
+        each = ", ".join(f"trial {r.number} epoch {len(r.history)}/{r.epochs}" for r in running)
+        say(f"search: {self._position(over)}; running: {each}")
 
     def _record(self, trial: Any) -> TrialRecord:
         return self.records[trial_key(self.plan, assignment_of(self.plan, trial.config))]

@@ -19,9 +19,10 @@ import torch.distributed as dist
 from tmkd_ray import storage
 from tmkd_ray.config import TrainingConfig
 from tmkd_ray.errors import UserError
+from tmkd_ray.progress import time_left
 from tmkd_ray.results import EpochRecord
 from tmkd_ray.settings import Settings
-from tmkd_ray.stages.progress import progress_channel, say
+from tmkd_ray.stages.progress import lines_to, progress_channel, say
 from tmkd_ray.stages.room import node_mark, wait_for_room
 from tmkd_ray.stages.session import cluster_settings, interruptible, num_gpus, use_cluster_settings
 from tmkd_ray.training.context import WorkerContext
@@ -277,11 +278,8 @@ def _worker(loop_config: dict[str, Any]) -> None:
     )
     jobs: list[TrainingJob] = loop_config["jobs"]
     try:
-        for number, job in enumerate(jobs, 1):
-            if job.outcome() is None:
-                if len(jobs) > 1:
-                    context.say(f"training {number} of {len(jobs)}: {job.label}")
-                _train_job(job, context)
+        with lines_to(context.say):
+            _train_jobs(jobs, context)
     except UserError as error:
         # Raised all the same, so that the other workers do not wait for this one.
         ray.get(context.channel.refuse.remote(str(error)))
@@ -290,6 +288,19 @@ def _worker(loop_config: dict[str, Any]) -> None:
         if is_defect(error, context.resumable):
             ray.get(context.channel.refuse.remote(traceback.format_exc()))
         raise
+
+
+def _train_jobs(jobs: list[TrainingJob], context: WorkerContext) -> None:
+    started, num_trained = time.monotonic(), 0
+    for number, job in enumerate(jobs, 1):
+        if job.outcome() is not None:
+            continue
+        if len(jobs) > 1:
+            left = (time.monotonic() - started) / max(num_trained, 1) * (len(jobs) - number + 1)
+            all_left = f"  {time_left(left)} left for all trainings" if num_trained else ""
+            context.say(f"training {number} of {len(jobs)}: {job.label}{all_left}")
+        _train_job(job, context)
+        num_trained += 1
 
 
 def is_defect(error: Exception, resumable: bool) -> bool:

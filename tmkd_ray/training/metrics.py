@@ -5,7 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tmkd_ray.progress import Rate
 from tmkd_ray.training.context import WorkerContext
+
+_SAY_EVERY_S = 15.0
 
 
 @torch.inference_mode()
@@ -26,7 +29,9 @@ def evaluate(
     images_NHWC = images_NHWC[context.rank :: context.world_size]
     labels_N = labels_N[context.rank :: context.world_size]
     sums = torch.tensor([0, 0, 0, len(labels_N)], dtype=torch.float64)
-    for start in range(0, len(labels_N), batch_size):
+    starts = range(0, len(labels_N), batch_size)
+    progress = Rate("validation", len(starts), "batches", _SAY_EVERY_S, context.say, quiet_if_short=True)
+    for start in progress.over(starts):
         labels_B = labels_N[start : start + batch_size].to(context.device)
         logits_BC = predict(images_NHWC[start : start + batch_size].to(context.device)).float()
         top = logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices == labels_B[:, None]

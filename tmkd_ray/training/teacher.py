@@ -18,6 +18,7 @@ from tmkd_ray.models.view_batch_norm import (
     samples_of_views,
     use_view_statistics,
 )
+from tmkd_ray.progress import Rate
 from tmkd_ray.settings import ImageStatistics
 from tmkd_ray.teachers.pixels import Normalize
 from tmkd_ray.training.augmented_views import AugmentedViews, ViewBatch
@@ -72,7 +73,9 @@ def adapt_statistics(
     for position, (name, view) in enumerate(views.items()):
         if name == KEEPS_STATISTICS:
             continue
-        batches = AugmentedViews(train, [view], augmentation, seed).batches(0, _STATISTICS_BATCH, 0, 1, device)
+        data = AugmentedViews(train, [view], augmentation, seed)
+        progress = Rate(f"statistics of {name}", max(1, len(data) // _STATISTICS_BATCH), "batches")
+        batches = progress.over(data.batches(0, _STATISTICS_BATCH, 0, 1, device))
         estimate_statistics(model, (normalize(batch.images) for batch in batches), position)
 
 
