@@ -36,7 +36,7 @@ A part may import from the layers below its own, and from its own layer so long 
 """
 
 ONLY: dict[str, set[str]] = {
-    "report": {"analysis_record", "errors", "results", "settings", "storage", "trials", "types"}
+    "report": {"analysis_record", "errors", "progress", "results", "settings", "storage", "trials", "types"}
 }
 """Parts that may know less than their layer allows: a report is made from results alone."""
 

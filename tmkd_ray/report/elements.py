@@ -23,6 +23,12 @@ def join(children: Iterable[str]) -> Markup:
     return Markup("".join(child if isinstance(child, Markup) else escape(child) for child in children))
 
 
+def marked(text: str) -> Markup:
+    """The text, what stands between backticks as code."""
+    parts = enumerate(text.split("`"))
+    return join(element("code", part) if index % 2 else part for index, part in parts)
+
+
 def data_table(header: Sequence[str], *groups: Iterable[Sequence[str]], words: Container[int] = (0,)) -> Markup:
     """A table that scrolls sideways where the page is too narrow.
 

@@ -1,13 +1,16 @@
 """The report as one HTML file: no network, no scripts, light and dark; one run or several."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from tmkd_ray.analysis_record import Analysis
-from tmkd_ray.report.elements import Markup, details, element, join
+from tmkd_ray.progress import Rate
+from tmkd_ray.report.elements import Markup, details, element, marked
 from tmkd_ray.report.page import save_page
 from tmkd_ray.report.sections.base import RunPage
 from tmkd_ray.report.sections.classes import calibration_section, classes_section, confusion_section
@@ -27,6 +30,9 @@ from tmkd_ray.results import RunResults
 
 Section = tuple[str, str, Markup]
 """Anchor, title, content."""
+
+Part = tuple[str, str, Callable[[], Markup | None]]
+"""Anchor, title, and what draws the content; None: the run has nothing to show there."""
 
 
 def write_report(path: str | Path, results: RunResults, analysis: Analysis | None = None) -> None:
@@ -94,66 +100,65 @@ def _shown(sections: Iterable[Section]) -> list[Markup]:
 
 def _sections(page: RunPage) -> Iterator[Section]:
     """What this run has."""
-    results, analysis = page.results, page.analysis
-    found: list[tuple[str, str, Markup | None]] = [("results", "Results", results_section(page))]
-    if analysis is not None and analysis.gallery is not None and analysis.gallery.labels:
-        found.append(("views", "Views", gallery_section(analysis.gallery)))
-    found += [
-        ("weights", "Semantic weights", weights_section(page)),
-        ("training", "Training", training_section(page)),
-        ("classes", "Classes", classes_section(page)),
-    ]
-    if analysis is not None:
-        found += _closer_look(page, analysis)
-    elif page.missing is not None:
-        found.append(("analysis", "A closer look", _missing(page.missing)))
-    if results.teacher is not None or results.clip is not None:
-        found.append(("teachers", "Teachers", teachers_section(page)))
-    if results.knowledge is not None:
-        found.append(("knowledge", "Knowledge store", knowledge_section(results.knowledge)))
-    found.append(("data", "Data", dataset_section(results.dataset)))
-    if results.stage_seconds:
-        found.append(("times", "Time by stage", times_section(results.stage_seconds)))
-    if results.notes:
-        found.append(("notes", "Notes", element("ul", *(element("li", note) for note in results.notes))))
-    if results.config:
-        text = yaml.safe_dump(results.config, allow_unicode=True, sort_keys=True)
-        code = element("pre", element("code", text))
-        found.append(("configuration", "Configuration", details("The resolved configuration", code)))
-    if results.versions or results.hardware:
-        found.append(("environment", "Environment", environment_section(results)))
-    for anchor, title, part in found:
+    drawn = list(_parts(page))
+    for anchor, title, draw in Rate(f"report of {page.results.name}", len(drawn), "sections").over(drawn):
+        part = draw()
         if part is not None:
             yield page.name(anchor), title, part
 
 
-def _closer_look(page: RunPage, analysis: Analysis) -> list[tuple[str, str, Markup | None]]:
-    found: list[tuple[str, str, Markup | None]] = []
+def _parts(page: RunPage) -> Iterator[Part]:
+    results, analysis = page.results, page.analysis
+    yield "results", "Results", lambda: results_section(page)
+    if analysis is not None and analysis.gallery is not None and analysis.gallery.labels:
+        yield "views", "Views", partial(gallery_section, analysis.gallery)
+    yield "weights", "Semantic weights", lambda: weights_section(page)
+    yield "training", "Training", lambda: training_section(page)
+    yield "classes", "Classes", lambda: classes_section(page)
+    if analysis is not None:
+        yield from _closer_look(page, analysis)
+    elif page.missing is not None:
+        yield "analysis", "A closer look", partial(_missing, page.missing)
+    if results.teacher is not None or results.clip is not None:
+        yield "teachers", "Teachers", lambda: teachers_section(page)
+    if results.knowledge is not None:
+        yield "knowledge", "Knowledge store", partial(knowledge_section, results.knowledge)
+    yield "data", "Data", lambda: dataset_section(results.dataset)
+    if results.stage_seconds:
+        yield "times", "Time by stage", lambda: times_section(results.stage_seconds)
+    if results.notes:
+        yield "notes", "Notes", lambda: element("ul", *(element("li", marked(note)) for note in results.notes))
+    if results.config:
+        yield "configuration", "Configuration", partial(_configuration, results.config)
+    if results.versions or results.hardware:
+        yield "environment", "Environment", lambda: environment_section(results)
+
+
+def _configuration(config: dict[str, Any]) -> Markup:
+    text = yaml.safe_dump(config, allow_unicode=True, sort_keys=True)
+    return details("The resolved configuration", element("pre", element("code", text)))
+
+
+def _closer_look(page: RunPage, analysis: Analysis) -> Iterator[Part]:
     if analysis.networks:
-        found += [
-            ("confusion", "Confusion", confusion_section(page, analysis.networks)),
-            ("calibration", "Calibration", calibration_section(page, analysis.networks)),
-            ("correlation", "Logit correlations", correlation_section(page, analysis)),
-            ("features", "Features", features_section(page, analysis)),
-        ]
+        yield "confusion", "Confusion", lambda: confusion_section(page, analysis.networks)
+        yield "calibration", "Calibration", lambda: calibration_section(page, analysis.networks)
+        yield "correlation", "Logit correlations", lambda: correlation_section(page, analysis)
+        yield "features", "Features", lambda: features_section(page, analysis)
     if analysis.grad_cam is not None:
-        found.append(("grad-cam", "Grad-CAM", grad_cam_section(page, analysis.grad_cam)))
+        yield "grad-cam", "Grad-CAM", partial(grad_cam_section, page, analysis.grad_cam)
     if analysis.num_images == 0:
         note = (
             "Logit correlations, features and Grad-CAM were not asked for: set `report.num_images` above 0 and "
             "give `tmkd run` again; what is trained already is kept."
         )
-        found.append(("analysis", "A closer look", _missing(note)))
-    return found
+        yield "analysis", "A closer look", partial(_missing, note)
 
 
 def _missing(text: str) -> Markup:
-    """The text, what stands between backticks as code."""
-    parts = text.split("`")
     what = (
         "The view gallery, the images that each view won, confusion, calibration, logit correlations, features "
         "and Grad-CAM are made from an analysis file. "
     )
     lead = what if text.startswith("Not here") else ""
-    marked = [element("code", part) if index % 2 else Markup(join([part])) for index, part in enumerate(parts)]
-    return element("p", lead, *marked)
+    return element("p", lead, marked(text))

@@ -175,9 +175,9 @@ def reliability(name: str, counts: np.ndarray, hits: np.ndarray, confidences: np
         axes.bar(edges, share, width, align="edge", color=GRID)
         axes.plot([0, 100], [0, 100], color=INK, linestyle="--", linewidth=1.5)
         confidence, accuracy = 100 * confidences[known] / counts[known], 100 * hits[known] / counts[known]
-        axes.plot(confidence, accuracy, color=BLUE)
         few = counts[known] < FEW_IMAGES
-        axes.plot(confidence[~few], accuracy[~few], "o", color=BLUE)
+        # No line through what a handful of images gave: it would draw the eye to noise.
+        axes.plot(confidence[~few], accuracy[~few], "o-", color=BLUE)
         axes.plot(confidence[few], accuracy[few], "o", color=BLUE, markerfacecolor=PAGE)
         axes.set_xlim(0, 100)
         axes.set_ylim(0, 102)
@@ -190,7 +190,7 @@ def reliability(name: str, counts: np.ndarray, hits: np.ndarray, confidences: np
 def projection(
     name: str, places_N2: np.ndarray, labels_N: np.ndarray, classes: Sequence[int], class_names: Sequence[str]
 ) -> str:
-    """Features laid out in the plane, a colour and marker a class, its name at the median of its images."""
+    """Features laid out in the plane, a colour and marker a class, its name above most of its images."""
 
     def paint(axes: Axes) -> None:
         for index, label in enumerate(classes):
@@ -199,9 +199,21 @@ def projection(
             axes.plot(*places.T, linestyle="none", markersize=4, alpha=0.75, markeredgewidth=0, **style)
         for label in classes:
             places = places_N2[labels_N == label]
-            x, y = np.median(places, axis=0)
-            text = axes.text(x, y, shortened(class_names[label], 14), ha="center", va="center", weight="bold")
-            text.set_bbox({"facecolor": PAGE, "edgecolor": "none", "alpha": 0.75, "pad": 1.5})
+            # On the images it would hide a class that lies close together; strays would draw it away from them.
+            middle = np.median(places, axis=0)
+            distances = np.linalg.norm(places - middle, axis=1)
+            core = places[distances <= np.quantile(distances, 0.6)]
+            text = axes.annotate(
+                shortened(class_names[label], 14),
+                (middle[0], core[:, 1].max()),
+                xytext=(0, 5),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                weight="bold",
+            )
+            text.set_bbox({"facecolor": PAGE, "edgecolor": "none", "alpha": 0.75, "pad": 1})
+        axes.margins(0.06, 0.1)
         axes.set_xticks([])
         axes.set_yticks([])
         axes.grid(visible=False)

@@ -122,7 +122,7 @@ def _trials(sweep: Sweep, header: tuple[str, ...], trials: list[TrialRecord]) ->
             trial.status,
             f"{len(trial.history)}/{trial.epochs}",
             percent(trial.accuracy or 0.0),
-            *((short(trial.latency_ms) or MISSING,) if sweep.measures_latency else ()),
+            *((_milliseconds(trial.latency_ms),) if sweep.measures_latency else ()),
             *(short(trial.parameters.get(path)) for path in sweep.record.parameters),
         )
         for trial in trials
@@ -131,9 +131,7 @@ def _trials(sweep: Sweep, header: tuple[str, ...], trials: list[TrialRecord]) ->
 
 
 def _values(sweep: Sweep) -> Markup:
-    caption = (
-        "Each line a trial: its values and, on the right, its accuracy. Light is better; vermillion: the best."
-    )
+    caption = "A line is a trial: its values and its accuracy. The stronger, the better; vermillion: the best."
     children = [element("div", figure(parallel_coordinates(sweep), caption), class_="scroll full")]
     importance = parameter_importance(sweep)
     if importance is None:
@@ -172,7 +170,8 @@ def _time(sweep: Sweep) -> Markup:
 def _latency(sweep: Sweep) -> Markup:
     front = sweep.pareto_front()
     rows = [
-        (str(t.number), percent(t.accuracy or 0.0), short(t.latency_ms), _values_of(sweep, t)) for t in front
+        (str(t.number), percent(t.accuracy or 0.0), _milliseconds(t.latency_ms), _values_of(sweep, t))
+        for t in front
     ]
     caption = "One image at a time, median of 50 passes, measured before the trials began. Squares: the front."
     return join(
@@ -213,3 +212,7 @@ def _setup(sweep: Sweep) -> Markup:
 
 def _values_of(sweep: Sweep, trial: TrialRecord) -> str:
     return ", ".join(f"{path} = {short(trial.parameters.get(path))}" for path in sweep.record.parameters)
+
+
+def _milliseconds(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.3f}"

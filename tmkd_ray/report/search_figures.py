@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
@@ -14,12 +13,11 @@ from tmkd_ray.report.importance import Importance, is_category, is_logarithmic
 from tmkd_ray.trials import Sweep, TrialRecord, short
 
 _WIDE = 880
-_COLOUR_MAP = matplotlib.colormaps["cividis"]
 _MAX_LINES = 200
 
 
 def parallel_coordinates(sweep: Sweep) -> str:
-    """Each trial a line through its values, from the worst (dark) to the best (light; in vermillion)."""
+    """Each trial a line through its values: the better, the stronger; the best in vermillion."""
     trials = [trial for trial in sweep.ranked() if trial.status in ("finished", "stopped")][:_MAX_LINES]
     axes_of = [_Axis(sweep, path, trials) for path in sweep.record.parameters]
     accuracies = np.array([100 * (trial.accuracy or 0.0) for trial in trials])
@@ -35,9 +33,10 @@ def parallel_coordinates(sweep: Sweep) -> str:
             axes.plot(
                 columns,
                 places[index],
-                color=VERMILLION if is_best else _COLOUR_MAP(float(last[index])),
+                color=VERMILLION if is_best else BLUE,
                 linewidth=2.5 if is_best else 1.2,
-                alpha=1.0 if is_best else 0.7,
+                # A colour map's ends would vanish, one on a light page, the other on a dark one.
+                alpha=1.0 if is_best else 0.15 + 0.75 * float(last[index]),
                 marker="o" if is_best else None,
                 zorder=4 if is_best else 3,
             )

@@ -59,7 +59,8 @@ svg text { font-family: inherit !important; }
 }
 .gallery li { padding: .75rem; background: var(--panel); border-radius: .5rem; }
 .gallery h4 { font-size: 1rem; margin: 0 0 .5rem; overflow-wrap: anywhere; }
-.gallery.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); }
+.gallery.wide { grid-template-columns: 1fr; }
+.gallery.wide .views { grid-template-columns: repeat(auto-fit, minmax(6rem, 9rem)); }
 .views { display: grid; grid-template-columns: repeat(auto-fit, minmax(4.5rem, 1fr)); gap: .5rem; }
 .views img { display: block; width: 100%; border-radius: .25rem; }
 .views figcaption { margin-top: .4rem; font-size: .8rem; line-height: 1.3; }

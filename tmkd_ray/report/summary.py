@@ -70,7 +70,7 @@ def _against_reference(reference: MethodRecord, others: list[MethodRecord], spli
     parts = []
     for verdict, title in _VERDICTS.items():
         group = [
-            f"{method.label} ({gap.in_points()} points)" for method, gap in compared if gap.verdict == verdict
+            f"{method.label} by {gap.in_points()} points" for method, gap in compared if gap.verdict == verdict
         ]
         if len(group) > _MAX_NAMED:
             group[_MAX_NAMED:] = [f"and {len(group) - _MAX_NAMED} more"]

@@ -38,9 +38,10 @@ class RunPage:
         return ()
 
     def label(self, key: str) -> str:
-        """What people call a network of the analysis."""
+        """What people call a network of the analysis, as a caption begins."""
         fixed = {"teacher": "Teacher", "fused teacher": "Teacher, views fused"}
-        return next((each.label for each in self.results.methods if each.name == key), fixed.get(key, key))
+        label = next((each.label for each in self.results.methods if each.name == key), fixed.get(key, key))
+        return label[:1].upper() + label[1:]
 
     def legend_of_methods(self, name: str) -> Markup:
         """Which line and marker is which method."""

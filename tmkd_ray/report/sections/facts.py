@@ -5,6 +5,7 @@ from tmkd_ray.report.formatting import byte_size, count, duration, of
 from tmkd_ray.report.sections.base import view_title
 from tmkd_ray.results import DatasetRecord, KnowledgeRecord, RunResults
 
+_NAMES = {"memory_gib": "memory (GiB)"}
 MAX_SET_ASIDE = 20
 """Set-aside images that the page names; the others are only counted."""
 
@@ -72,6 +73,6 @@ def environment_section(results: RunResults) -> Markup:
     parts = []
     for title, facts in (("Versions", results.versions), ("Hardware", results.hardware)):
         if facts:
-            pairs = [(name, str(facts[name])) for name in sorted(facts)]
+            pairs = [(_NAMES.get(name, name), str(facts[name])) for name in sorted(facts)]
             parts.append(element("div", element("h3", title), fact_list(pairs)))
     return grid(*parts)

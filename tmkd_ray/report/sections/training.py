@@ -8,6 +8,14 @@ from tmkd_ray.report.elements import Markup, element, figure, grid, join, legend
 from tmkd_ray.report.sections.base import RunPage
 from tmkd_ray.results import EpochRecord
 
+_TERMS = {
+    "ce": "cross-entropy with the labels",
+    "kd": "the distillation strategy",
+    "feature": "distance to the teacher's feature",
+    "text": "divergence from CLIP's zero-shot distribution",
+    "contrastive": "vision-language contrast",
+}
+
 
 def _validation_percent(record: EpochRecord) -> float | None:
     return None if record.validation_accuracy is None else 100 * record.validation_accuracy
@@ -48,7 +56,8 @@ def training_section(page: RunPage) -> Markup | None:
         svg = figures.method_curves(
             page.name(f"term-{index}"), methods, partial(_term, term), f"Loss term {term}"
         )
-        panels.append((svg, f"Loss term {term}, without its weight."))
+        meaning = f": {_TERMS[term]}" if term in _TERMS else ""
+        panels.append((svg, f"Loss term {term}{meaning}, without its weight."))
     explanation = "One seed a method."
     if any(len(method.runs) > 1 for method in methods):
         explanation = "Lines are means over the seeds; bands reach from the lowest to the highest seed."
