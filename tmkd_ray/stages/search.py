@@ -199,7 +199,7 @@ class _Sweeping:
             begun = load_sweep(plan.folder).record.created
             self.record = self.record.model_copy(update={"created": begun})
         save_sweep(self.record)
-        self.recorder = Recorder(space, plan, fingerprints, search.total_trials())
+        self.recorder = Recorder(space, plan, fingerprints, self.total)
         self.recorder.latencies = measure_latencies(space, plan) if "latency" in search.objectives else {}
 
     def run(self) -> None:
