@@ -44,3 +44,12 @@ def sound_store(originals: dict[str, dict[str, bytes]], tmp_path: Path) -> Calla
         return KnowledgeStore(str(tmp_path))
 
     return copy
+
+
+@pytest.fixture
+def copied(store: KnowledgeStore, tmp_path: Path) -> KnowledgeStore:
+    """The whole store once more, to be changed."""
+    for name, content in contents(Path(store.path)).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    return KnowledgeStore(str(tmp_path))

@@ -1,10 +1,12 @@
 """The road from images to a store in a plain loop, on a few digits and small random teachers."""
 
+import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -16,7 +18,7 @@ from tmkd_ray.datasets.splits import split_train
 from tmkd_ray.knowledge.compute import ClipStage, ShardPlan, ShardWriter, ViewStage, VisualStage, plan_shards
 from tmkd_ray.knowledge.fingerprint import Fingerprint
 from tmkd_ray.knowledge.layout import KnowledgeLayout
-from tmkd_ray.knowledge.store import KnowledgeStore, Manifest
+from tmkd_ray.knowledge.store import KnowledgeArrays, KnowledgeStore, Manifest
 from tmkd_ray.models import build_model
 from tmkd_ray.teachers import ClipTeacher, VisualTeacher
 from tmkd_ray.types import TaskSpec
@@ -152,3 +154,15 @@ def write_with_bank(chain: Chain, folder: Path, **changes: Any) -> KnowledgeStor
 
 def shard_file(store: KnowledgeStore, split: str, number: int) -> Path:
     return Path(store.path) / split / store.committed()[split, number].file
+
+
+def assert_equal(found: KnowledgeArrays, expected: KnowledgeArrays) -> None:
+    assert found.layout == expected.layout
+    for field in fields(KnowledgeArrays):
+        np.testing.assert_array_equal(getattr(found, field.name), getattr(expected, field.name))
+
+
+def file_of(folder: Path, split: str, number: int) -> Path:
+    """Return the file of a shard, as its record names it."""
+    record = json.loads((folder / split / f"{number:05d}.json").read_text())
+    return folder / split / record["file"]
