@@ -1,4 +1,8 @@
-"""CLIP (or SigLIP), the text teacher: Radford et al. 2021, arXiv 2103.00020, in transformers' format."""
+"""CLIP (or SigLIP), the text teacher: Radford et al. 2021, arXiv 2103.00020, in transformers' format.
+
+transformers takes about a second to import, and every worker imports this module, with a CLIP or without: the
+functions that use it import it.
+"""
 
 import contextlib
 import itertools
@@ -11,9 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 from safetensors import SafetensorError
-from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 
 from tmkd_ray import storage
@@ -32,6 +34,8 @@ _UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, Unp
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """No progress bars while weights are read or written: they come once per actor."""
+    import transformers
+
     was_on = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -92,6 +96,8 @@ class ClipTeacher(nn.Module):
 
     @classmethod
     def _load_local(cls, path: str, name_or_folder: str) -> "ClipTeacher":
+        import transformers
+
         try:
             with _quiet():
                 model, loading = transformers.AutoModel.from_pretrained(
@@ -141,6 +147,8 @@ class ClipTeacher(nn.Module):
         std: ImageStatistics,
     ) -> "ClipTeacher":
         """Build an untrained small CLIP whose tokenizer (byte-pair encoding) is trained on `texts`."""
+        import transformers
+
         tokenizer = train_tokenizer(texts, vocabulary_size)
         longest = max(len(ids) for ids in tokenizer(list(texts)).input_ids)
         shared = {"projection_dim": embedding_width}
@@ -172,6 +180,8 @@ class ClipTeacher(nn.Module):
 
     def save(self, folder: str) -> None:
         """Write model, tokenizer and preprocessing so that `from_pretrained(folder)` reads them."""
+        import transformers
+
         processor = transformers.CLIPImageProcessor(
             size={"height": self.image_size, "width": self.image_size},
             do_center_crop=False,
@@ -267,6 +277,9 @@ def train_tokenizer(texts: Sequence[str], vocabulary_size: int) -> Any:
     arXiv 1508.07909, algorithm 1. (The tokenizers library's own trainer numbers tokens and breaks ties in the
     order of a hash table, so that no two workers would agree on what a token means.)
     """
+    import transformers
+    from tokenizers import pre_tokenizers
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     symbols = ["<|startoftext|>", "<|endoftext|>", *alphabet, *(f"{symbol}</w>" for symbol in alphabet)]
     vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
