@@ -1,8 +1,11 @@
 """Run a benchmark's script, or import a module of their folder."""
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -16,7 +19,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
 def run(script: str, *arguments: str) -> list[dict[str, Any]]:
-    """Run a benchmark; return the JSON objects that its last lines are."""
+    """Run a benchmark in a process of its own; return the JSON objects that its last lines are."""
     command = [sys.executable, str(FOLDER / script), *arguments]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -27,6 +30,20 @@ def run(script: str, *arguments: str) -> list[dict[str, Any]]:
             os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
             raise
     assert process.returncode == 0, stderr
+    return results_in(stdout)
+
+
+def run_here(script: str, *arguments: str) -> list[dict[str, Any]]:
+    """The same in this process, which has imported what takes seconds already; for those without a Ray."""
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.syspath_prepend(str(FOLDER))  # where a script finds its neighbours
+        patch.setattr(sys, "argv", [script, *arguments])
+        runpy.run_path(str(FOLDER / script), run_name="__main__")
+    return results_in(out.getvalue())
+
+
+def results_in(stdout: str) -> list[dict[str, Any]]:
     results = [json.loads(line) for line in stdout.splitlines() if line.startswith("{")]
     last = stdout.splitlines()[-len(results) :]
     assert results == [json.loads(line) for line in last], "the JSON lines come last"

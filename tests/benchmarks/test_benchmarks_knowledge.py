@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from benchmark_runs import FOLDER, run
+from benchmark_runs import FOLDER, run, run_here
 
 from tmkd_ray.datasets.decode import load_images
 
@@ -61,6 +61,7 @@ def test_knowledge_memory() -> None:
     (memory,) = run(
         "knowledge_memory.py",
         *("--images", "200", "--factor", "2", "--rounds", "1", "--variants", "1", "--shard-rows", "50"),
+        "knowledge.views.max_size=1",
     )
     assert (memory["name"], memory["n"], memory["images"]) == ("knowledge_memory", 1, [200, 400])
     peaks = [memory["peak_mb"][size]["median"] for size in ("200", "400")]
@@ -73,7 +74,7 @@ def test_knowledge_memory() -> None:
 
 @pytest.fixture(scope="module")
 def sizes() -> dict[str, dict[str, Any]]:
-    lines = run("knowledge_size.py", "--images", "16")
+    lines = run_here("knowledge_size.py", "--images", "16")
     return {line["name"]: line for line in lines}
 
 

@@ -3,16 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-import benchmark_runs
 import numpy as np
 import pytest
 import torch
-from benchmark_runs import load
+from benchmark_runs import load, run, run_here
 
 
-def run(script: str, *arguments: str) -> dict[str, dict[str, Any]]:
-    """Run a benchmark; return the JSON objects that its last lines are, by name."""
-    results = benchmark_runs.run(script, *arguments)
+def by_name(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return a benchmark's results by their names."""
     for line in results:
         assert line["ratio_least"] <= line["ratio"] <= line["ratio_most"]
         assert line["hardware"]
@@ -21,11 +19,9 @@ def run(script: str, *arguments: str) -> dict[str, dict[str, Any]]:
 
 
 def test_epoch() -> None:
-    lines = run(
-        "epoch.py",
-        *("--rounds", "1", "--images", "24", "--online-images", "16", "--batch-size", "8", "--threads", "1"),
-        *("--student", "resnet8", "--teacher", "resnet8", "--clip-layers", "1", "--clip-width", "32"),
-    )
+    options = "--rounds 1 --images 24 --online-images 16 --batch-size 8 --threads 1 --student resnet8"
+    options += " --teacher resnet8 --clip-layers 1 --clip-width 32"
+    lines = by_name(run_here("epoch.py", *options.split()))
     assert set(lines) == {"cached_over_student_only", "online_over_cached"}
     for line in lines.values():
         assert (line["n"], line["student"], line["batch_size"], line["images"]) == (1, "resnet8", 8, 24)
@@ -42,10 +38,8 @@ def test_epoch() -> None:
 
 
 def test_loader() -> None:
-    lines = run(
-        "loader.py",
-        *("--rounds", "2", "--images", "24", "--batch-size", "8", "--student", "resnet8", "--threads", "1"),
-    )
+    options = ["--rounds", "2", "--images", "24", "--batch-size", "8", "--student", "resnet8", "--threads", "1"]
+    lines = by_name(run_here("loader.py", *options))
     assert set(lines) == {"loader_share", "loader_share_mapped"}
     for line in lines.values():
         assert (line["n"], line["images"], line["batch_size"], line["variants"]) == (2, 24, 8, 4)
@@ -58,10 +52,8 @@ def test_loader() -> None:
 
 @pytest.mark.ray
 def test_torchrun() -> None:
-    lines = run(
-        "torchrun.py",
-        *("--rounds", "1", "--images", "24", "--batch-size", "8", "--epochs", "2", "--student", "resnet8"),
-    )
+    options = ["--rounds", "1", "--images", "24", "--batch-size", "8", "--epochs", "2", "--student", "resnet8"]
+    lines = by_name(run("torchrun.py", *options))
     line = lines["ray_train_over_torchrun"]
     assert (line["n"], line["workers"], line["threads"], line["backend"]) == (1, 2, 1, "gloo")
     mine, theirs = (line["steps_per_s"][side]["median"] for side in ("ray", "torchrun"))
