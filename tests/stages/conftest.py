@@ -1,10 +1,12 @@
-"""One local Ray for all tests of the stages."""
+"""One local Ray for all tests of the stages that run in a process."""
 
+import fcntl
+import os
 import shutil
 from pathlib import Path
 
 import pytest
-from tiny_road import TINY
+from tiny_road import TINY, TWO_OF_EACH
 
 import tmkd_ray.stages  # noqa: F401 (sets Ray's environment before Ray is imported)
 
@@ -23,12 +25,20 @@ def ray_cluster():
 
 @pytest.fixture(scope="session")
 def tiny_run(ray_cluster, tmp_path_factory):
-    """A finished tiny run; tests that change it work on their own output folder."""
+    """A finished tiny run; tests that change it work on their own output folder.
+
+    Of several test processes the first computes it and the others take copies.
+    """
     from tmkd_ray.cli import main
 
-    output = tmp_path_factory.mktemp("runs")
-    assert main(["run", *TINY, f"output={output}"]) == 0
-    return output
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny-run"
+    with open(f"{shared}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / "tiny" / "results.json").exists():
+            shutil.rmtree(shared, ignore_errors=True)  # of a process that failed
+            assert main(["run", *TINY, *TWO_OF_EACH, f"output={shared}"]) == 0
+    return Path(shutil.copytree(shared, tmp_path_factory.mktemp("runs"), dirs_exist_ok=True))
 
 
 @pytest.fixture(scope="module")

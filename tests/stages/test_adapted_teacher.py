@@ -35,6 +35,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "teacher.visual.fit.batch_size=20",
         "teacher.visual.fit.num_workers=1",
         "knowledge.num_variants=2",
+        "knowledge.views.max_size=1",
         "knowledge.dtype=float32",
         "distiller=kd",
     ]

@@ -30,7 +30,10 @@ from tmkd_ray.types import TaskSpec
 
 pytestmark = pytest.mark.ray
 
-DIGITS = ("dataset=digits", "dataset.limit=300", "teacher.visual.model=resnet8", "student.model=resnet8")
+DIGITS = (
+    *("dataset=digits", "dataset.limit=300", "teacher.visual.model=resnet8", "student.model=resnet8"),
+    "training.num_workers=1",
+)
 OUTCOME = Outcome(
     key="k",
     best_epoch=1,
@@ -107,13 +110,12 @@ def plain_logits(experiment, weights, images):
 
 
 def test_one_pass_over_all_workers_gives_the_figures_of_a_plain_loop(ray_cluster, tmp_path, weights, capsys):
-    overrides = ("training.evaluation_batch_size=40", "training.num_workers=2")
-    experiment = opened(tmp_path, *overrides)
+    experiment = opened(tmp_path)
     images = load_images(experiment.dataset, "test", experiment.dataset.index("test"))
     expected = plain_logits(experiment, weights, images.images)
     found = {}
     for workers in (1, 2):
-        experiment = opened(tmp_path, *overrides[:1], f"training.num_workers={workers}")
+        experiment = opened(tmp_path, "training.evaluation_batch_size=40", f"training.num_workers={workers}")
         found[workers] = measure(experiment, all_networks(experiment, weights), "test", chunk_images=100)
     assert found[1] == found[2]  # to the last bit
     result = found[2]
@@ -163,7 +165,7 @@ class _Dying(torch.nn.Module):
 
 def test_what_a_killed_actor_had_in_hand_is_counted_once(ray_cluster, tmp_path):
     ray_cluster.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import a test
-    experiment = opened(tmp_path, "training.num_workers=1", "training.evaluation_batch_size=32")
+    experiment = opened(tmp_path, "training.evaluation_batch_size=32")
     flag = tmp_path / "died"
     networks = Networks(None, (evaluation.Network("dying", _Dying(str(flag)), 0),))
     result = measure(experiment, networks, "test", chunk_images=64)
@@ -275,6 +277,7 @@ def test_a_run_says_what_evaluate_says(tiny_run, capsys):
     assert f"test split, {results.dataset.num_test:,} images" in out
     rows = {line.rsplit(maxsplit=6)[0]: line.rsplit(maxsplit=6)[1:] for line in out.splitlines()[2:]}
     assert len(rows) == 1 + 3 + 6
+    assert sum(name.startswith("CLIP zero-shot") for name in rows) == 3
     teacher = results.teacher
     assert teacher is not None
     assert teacher.test_accuracy is not None

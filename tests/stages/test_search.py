@@ -126,6 +126,7 @@ def test_asha_stops_what_is_worse(road):
 def test_optuna_weighs_accuracy_against_latency_until_all_was_tried(road, capsys):
     parameters = {"student.model": {"choice": ["resnet8", "resnet20"]}}
     options = {"searcher": "optuna", "objectives": ["validation_accuracy", "latency"], "num_trials": 3}
+    options["max_concurrent_trials"] = 1  # in one process
     sweep = run([*road, section(parameters, **options), "training.epochs=1"])
     assert "2 trials instead of 3: there are no more values" in capsys.readouterr().err
     assert not sweep.record.budget_spent
@@ -156,7 +157,7 @@ def test_each_store_that_is_needed_is_built_once(road, tiny_copy, capsys):
     parameters = {"views.edge.strength": {"choice": [0.3, 0.5]}, RATE: {"loguniform": [0.01, 0.1]}}
     overrides = [
         *road,
-        section(parameters, num_trials=4),
+        section(parameters, num_trials=4, max_concurrent_trials=1),
         "training.epochs=1",
         "teacher.text=null",
         "distiller=kd",
