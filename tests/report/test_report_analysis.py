@@ -215,3 +215,12 @@ def test_an_explanation_is_brightest_where_the_evidence_is():
 def test_twenty_classes_look_different():
     styles = {tuple(network_figures.class_style(index).values()) for index in range(20)}
     assert len(styles) == 20
+
+
+def test_names_of_classes_that_lie_together_stay_apart():
+    places = np.random.default_rng(0).normal(size=(20, 2))
+    drawing = network_figures.projection(
+        "p", np.concatenate([places, places]), np.repeat([0, 1], 20), [0, 1], ["ant", "bee"]
+    )
+    ant, bee = (float(re.search(rf'y="([\d.]+)"[^>]*>{name}', drawing)[1]) for name in ("ant", "bee"))
+    assert abs(ant - bee) >= 12, "a line of text"

@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from tmkd_ray.report.drawing import (
     BLUE,
+    FONT_SIZE,
     GRID,
     INK,
     PAGE,
@@ -197,23 +198,8 @@ def projection(
             places = places_N2[labels_N == label]
             style = class_style(index)
             axes.plot(*places.T, linestyle="none", markersize=4, alpha=0.75, markeredgewidth=0, **style)
-        for label in classes:
-            places = places_N2[labels_N == label]
-            # On the images it would hide a class that lies close together; strays would draw it away from them.
-            middle = np.median(places, axis=0)
-            distances = np.linalg.norm(places - middle, axis=1)
-            core = places[distances <= np.quantile(distances, 0.6)]
-            text = axes.annotate(
-                shortened(class_names[label], 14),
-                (middle[0], core[:, 1].max()),
-                xytext=(0, 5),
-                textcoords="offset points",
-                ha="center",
-                va="bottom",
-                weight="bold",
-            )
-            text.set_bbox({"facecolor": PAGE, "edgecolor": "none", "alpha": 0.75, "pad": 1})
         axes.margins(0.06, 0.1)
+        _name_classes(axes, [(class_names[k], places_N2[labels_N == k]) for k in classes])
         axes.set_xticks([])
         axes.set_yticks([])
         axes.grid(visible=False)
@@ -222,6 +208,49 @@ def projection(
             spine.set_color(GRID)
 
     return inline_svg(name, "t-SNE of features, coloured by class", 330, paint)
+
+
+def _name_classes(axes: Axes, named: Sequence[tuple[str, np.ndarray]]) -> None:
+    """Write each class's name above most of its images, and above other names that would lie in its way."""
+    taken: list[tuple[float, float, float]] = []
+    anchors = []
+    for name, places in named:
+        # On the images it would hide a class that lies close together; strays would draw it away from them.
+        middle = np.median(places, axis=0)
+        distances = np.linalg.norm(places - middle, axis=1)
+        core = places[distances <= np.quantile(distances, 0.6)]
+        anchors.append((shortened(name, 14), float(middle[0]), float(core[:, 1].max())))
+    axes.get_ylim()  # settles the limits, which the places below hang on
+    units = 72 / axes.figure.dpi
+    for name, x, y in sorted(anchors, key=lambda anchor: anchor[2]):
+        across, up = (units * value for value in axes.transData.transform((x, y)))
+        half_width, lift = 0.3 * FONT_SIZE * len(name), 5.0
+        while any(
+            abs(across - x_taken) < half_width + half_taken and abs(up + lift - y_taken) < FONT_SIZE + 2
+            for x_taken, y_taken, half_taken in taken
+        ):
+            lift += 2.0
+        taken.append((across, up + lift, half_width))
+        text = axes.annotate(
+            name,
+            (x, y),
+            xytext=(0, lift),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            weight="bold",
+        )
+        text.set_bbox({"facecolor": PAGE, "edgecolor": "none", "alpha": 0.75, "pad": 1})
+
+
+def class_swatch(index: int, name: str) -> str:
+    """The marker of the `index`-th class shown, for a legend."""
+
+    def paint(axes: Axes) -> None:
+        axes.plot([0], [0], linestyle="none", markersize=7, markeredgewidth=0, **class_style(index))
+        axes.set_axis_off()
+
+    return inline_svg(name, "", height=14, width=14, paint=paint)
 
 
 def class_style(index: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import numpy as np
 from tmkd_ray.analysis_record import Analysis, GradCam, NetworkFindings
 from tmkd_ray.report import network_figures
 from tmkd_ray.report.drawing import image_data_uri
-from tmkd_ray.report.elements import Markup, element, figure, grid, join
+from tmkd_ray.report.elements import Markup, element, figure, grid, join, legend
 from tmkd_ray.report.formatting import count
 from tmkd_ray.report.sections.base import RunPage
 from tmkd_ray.report.sections.views import scaling
@@ -60,7 +60,11 @@ def features_section(page: RunPage, analysis: Analysis) -> Markup | None:
         return figure(drawing, f"{page.label(each.key)}.")
 
     panels = [panel(index, each, places) for index, (each, places) in enumerate(projected)]
-    return join([element("p", explanation), grid(*panels)])
+    swatches = legend(
+        (network_figures.class_swatch(index, page.name(f"class-mark-{index}")), names[label])
+        for index, label in enumerate(classes)
+    )
+    return join([element("p", explanation), swatches, grid(*panels)])
 
 
 def grad_cam_section(page: RunPage, grad_cam: GradCam) -> Markup:
