@@ -267,6 +267,26 @@ def test_an_outage_of_the_storage_is_outlived(tmp_path: Path, monkeypatch: pytes
         lease.check()
 
 
+def silence(path: str, content: bytes = b"") -> None:
+    raise UserError(f"{path}: no answer")
+
+
+def test_a_storage_that_stays_silent_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By `check`, once a renewal is overdue; and at the end, unless the block failed of something else."""
+    awake = time.monotonic
+    lease = WriterLease(str(tmp_path), renew_s=1000).__enter__()
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_bytes", silence)
+        patch.setattr(time, "monotonic", lambda: awake() + 2001)
+        with pytest.raises(UserError, match=f"{FILE}: no answer"):
+            lease.check()
+    monkeypatch.setattr(storage, "delete", silence)
+    with pytest.raises(UserError, match=f"{FILE}: no answer"):
+        lease.__exit__(None, None, None)
+    with pytest.raises(KeyError), WriterLease(str(tmp_path / "another")):
+        raise KeyError
+
+
 def test_two_claims_at_the_same_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both found the store free; the claim that was written last holds."""
     sleep = time.sleep

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,13 +135,23 @@ def another_loss(path: Path) -> None:
     path.write_text(path.read_text().replace('"seconds": 12.25', '"seconds": 12.5'))
 
 
+def vouched_for(path: Path) -> None:
+    """What torch cannot read, though the state says that it was written so."""
+    path.write_bytes(b"PK but nothing else")
+    state = path.with_name("state.json")
+    content = json.loads(state.read_text())
+    state.write_text(json.dumps(content | {"tensors_crc32": zlib.crc32(path.read_bytes())}))
+
+
 DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
     "tensors cut": ("tensors.pt", cut),
     "a bit of the tensors": ("tensors.pt", flip),
     "tensors gone": ("tensors.pt", Path.unlink),
+    "tensors that are none": ("tensors.pt", vouched_for),
     "state cut": ("state.json", cut),
     "state empty": ("state.json", lambda path: path.write_text("")),
     "state gone": ("state.json", Path.unlink),
+    "state that is none": ("state.json", lambda path: path.write_text("[]")),
     "a figure of the state": ("state.json", another_loss),
     "of an earlier version": ("state.json", lambda path: path.write_text('{"key": "mine", "epoch": 3}')),
 }
