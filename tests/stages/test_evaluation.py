@@ -267,6 +267,7 @@ def test_the_pool_has_as_many_actors_as_there_is_work_and_room_for(
     monkeypatch, training, cluster, num_chunks, size
 ):
     monkeypatch.setattr(evaluation.ray, "cluster_resources", lambda: cluster)
+    monkeypatch.setattr(evaluation.ray, "nodes", lambda: [{"Alive": True, "Resources": cluster}])
     assert evaluation.pool_size(TrainingConfig(batch_size=64, **training), num_chunks) == size
 
 

@@ -4,12 +4,13 @@ import contextlib
 import os
 
 import pytest
-import ray._private  # noqa: F401 (puts psutil on the path)
+import ray
+import ray._private  # puts psutil on the path
 from psutil import CONN_LISTEN, NoSuchProcess
 
-from tmkd_ray.config import ClusterConfig, PoolConfig, TeacherPoolConfig
+from tmkd_ray.config import ClusterConfig, PoolConfig, TeacherPoolConfig, TrainingConfig
 from tmkd_ray.errors import UserError
-from tmkd_ray.stages import pipeline, session
+from tmkd_ray.stages import evaluation, pipeline, session
 from tmkd_ray.stages.room import node_mark, wait_for_room
 
 pytestmark = pytest.mark.ray
@@ -81,6 +82,35 @@ def test_a_cluster_that_grows_is_asked_for_whole_pools_and_for_gpus_it_has_not_y
     assert pipeline._pool(pool, 1.0, "teacher")["compute"].initial_size == 4
     assert pipeline.gpu_share([pool]) == 1.0
     assert pipeline.gpu_share([pool, pool]) == 0.5  # eight actors on four GPUs
+
+
+def test_evaluation_goes_where_the_training_goes(cluster, monkeypatch):
+    training = TrainingConfig(num_workers=4)
+    asked = []
+    monkeypatch.setattr(evaluation, "wait_for_room", lambda *bundles: asked.append(bundles))
+
+    def pool():
+        options, device = evaluation.worker_pool(training, 20, "evaluation, test")
+        return options["resources"], options["num_gpus"], options["compute"].max_size, device
+
+    assert pool() == (None, None, 4, "cpu")
+    cluster(node_marks=True)
+    mark = {"tmkd_train": 0.001}
+    assert pool() == (mark, None, 1, "cpu"), "the CPUs of nodes without the mark are no room for it"
+    monkeypatch.setattr(
+        ray,
+        "nodes",
+        lambda: [
+            {"Alive": True, "Resources": {"CPU": 3.0, "tmkd_train": 1.0}},
+            {"Alive": False, "Resources": {"CPU": 3.0, "tmkd_train": 1.0}},
+            {"Alive": True, "Resources": {"CPU": 8.0, "tmkd_views": 1.0}},
+        ],
+    )
+    assert pool() == (mark, None, 3, "cpu")
+    cluster(node_marks=True, autoscaling=True, max_gpus=8)
+    assert pool() == (mark, 1.0, 4, "cuda"), "not the nodes there are, but those that will come"
+    worker = ("evaluation, test", {"CPU": 1.0, "GPU": 1.0, **mark})
+    assert asked[-1] == ([worker], [worker] * 3), "all of them at once"
 
 
 @pytest.mark.parametrize("settings", [{"autoscaling": True}, {"max_gpus": 2}])

@@ -23,6 +23,7 @@ from tmkd_ray.stages.experiment import Experiment
 from tmkd_ray.stages.knowledge import KnowledgeResult
 from tmkd_ray.stages.pipeline import actors_errors
 from tmkd_ray.stages.progress import lines_to, progress_channel
+from tmkd_ray.stages.room import node_mark
 from tmkd_ray.stages.session import num_gpus
 from tmkd_ray.stages.training import device_name
 
@@ -72,6 +73,7 @@ def analyse(
         task = _look_closely.options(
             num_cpus=experiment.config.training.num_cpus_per_worker,
             num_gpus=float(experiment.config.training.use_gpu is not False and num_gpus() > 0),
+            resources=node_mark("train"),
         )
         found: CloserLook = ray.get(task.remote(experiment, ray.put(subjects), explained, channel))
     networks_found = tuple(

@@ -7,13 +7,12 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import ray
-import ray.data
 import torch
 from ray import ObjectRef
 
 from tmkd_ray.config import TrainingConfig
 from tmkd_ray.config.transfer import ClassificationConfig
-from tmkd_ray.stages.evaluation import pool_size
+from tmkd_ray.stages.evaluation import worker_pool
 from tmkd_ray.stages.pipeline import actors_errors, plan_dataset
 from tmkd_ray.stages.progress import Rate
 
@@ -61,15 +60,9 @@ def over_workers(
     size = max(1, min(chunk_images, math.ceil(count / workers.num_workers)))
     starts = range(0, count, size)
     tables = [pa.table({"start": [start], "stop": [min(start + size, count)]}) for start in starts]
-    actors, gpus = pool_size(workers, len(tables))
+    pool, device = worker_pool(workers, len(tables), label)
     dataset = plan_dataset(tables).map_batches(
-        _ChunkActor,
-        fn_constructor_args=([ray.put(work)], "cuda" if gpus else "cpu"),
-        batch_size=1,
-        batch_format="pyarrow",
-        num_cpus=workers.num_cpus_per_worker,
-        num_gpus=gpus or None,
-        compute=ray.data.ActorPoolStrategy(size=actors),
+        _ChunkActor, fn_constructor_args=([ray.put(work)], device), **pool
     )
     progress = Rate(label, count, "images")
     results: dict[int, Any] = {}

@@ -5,6 +5,7 @@ import operator
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -29,7 +30,8 @@ from tmkd_ray.stages.fitting import Fitted, found_clip, found_teacher, load_teac
 from tmkd_ray.stages.pipeline import actors_errors, plan_dataset
 from tmkd_ray.stages.pretraining import zero_shot_student
 from tmkd_ray.stages.progress import Rate, say
-from tmkd_ray.stages.session import num_gpus
+from tmkd_ray.stages.room import bundle, node_mark, nodes_room, wait_for_room
+from tmkd_ray.stages.session import cluster_settings, num_gpus
 from tmkd_ray.teachers import ClipTeacher
 from tmkd_ray.teachers.pixels import Normalize
 from tmkd_ray.training.tally import Metrics, Tally
@@ -257,22 +259,16 @@ def measure(
     index = experiment.dataset.index("test") if split == "test" else experiment.validation
     # By place in the files, so that a block of a Parquet file is read by one chunk, or two.
     plans = plan_shards(split, index.take(np.lexsort((index.row, index.part))), chunk_images, 1)
-    actors, gpus = pool_size(config.training, len(plans))
+    pool, device = worker_pool(config.training, len(plans), f"evaluation, {split}")
     arguments = (
         [ray.put(networks)],
         experiment.dataset,
         dataset_split,
-        "cuda" if gpus else "cpu",
+        device,
         config.training.evaluation_batch_size,
     )
     dataset = plan_dataset([plan.to_table() for plan in plans]).map_batches(
-        ChunkEvaluator,
-        fn_constructor_args=arguments,
-        batch_size=1,
-        batch_format="pyarrow",
-        num_cpus=config.training.num_cpus_per_worker,
-        num_gpus=gpus or None,
-        compute=ray.data.ActorPoolStrategy(size=actors),
+        ChunkEvaluator, fn_constructor_args=arguments, **pool
     )
     progress = Rate(f"evaluation, {split}", len(index), "images")
     results: dict[int, bytes] = {}
@@ -319,12 +315,39 @@ def measure(
 def pool_size(training: TrainingConfig | ClassificationConfig, num_chunks: int) -> tuple[int, float]:
     """Return the number of actors and the GPUs of each: as many as train, if there is work and room for them.
 
-    One GPU each where the cluster has GPUs and the training may use them, none otherwise.
+    One GPU each where the cluster has GPUs and the training may use them, none otherwise. A cluster that grows
+    makes room.
     """
     gpus = 0 if training.use_gpu is False else int(num_gpus())
-    room = int(ray.cluster_resources().get("CPU", 0) / training.num_cpus_per_worker)
-    actors = min(training.num_workers, num_chunks, room, gpus or training.num_workers)
+    actors = min(training.num_workers, num_chunks, gpus or training.num_workers)
+    if not cluster_settings().autoscaling:
+        actors = min(actors, nodes_room("train", training.num_cpus_per_worker))
     return max(1, actors), float(gpus > 0)
+
+
+def worker_pool(
+    training: TrainingConfig | ClassificationConfig, num_chunks: int, label: str
+) -> tuple[dict[str, Any], str]:
+    """Return the options of `map_batches` for a pool on the nodes that train, and its device.
+
+    Args:
+        label: what the pool is for, in errors.
+
+    Raises:
+        UserError: there is no room for one actor.
+    """
+    actors, gpus = pool_size(training, num_chunks)
+    actor = (label, bundle("train", training.num_cpus_per_worker, gpus))
+    wait_for_room([actor], [actor] * (actors - 1))
+    options: dict[str, Any] = {
+        "batch_size": 1,
+        "batch_format": "pyarrow",
+        "num_cpus": training.num_cpus_per_worker,
+        "num_gpus": gpus or None,
+        "resources": node_mark("train") or None,
+        "compute": ray.data.ActorPoolStrategy(size=actors),
+    }
+    return options, "cuda" if gpus else "cpu"
 
 
 def format_measured(evaluation: Evaluation) -> str:

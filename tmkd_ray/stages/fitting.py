@@ -20,6 +20,7 @@ from tmkd_ray.models.view_batch_norm import use_view_statistics
 from tmkd_ray.stages.experiment import Experiment, identity_key, locked_text_features, training_identity
 from tmkd_ray.stages.pipeline import actors_errors
 from tmkd_ray.stages.progress import lines_to, progress_channel, say
+from tmkd_ray.stages.room import bundle, node_mark, wait_for_room
 from tmkd_ray.stages.session import num_gpus
 from tmkd_ray.stages.training import Outcome, TrainingJob, device_name, run_jobs
 from tmkd_ray.teachers import ClipTeacher, VisualTeacher
@@ -172,7 +173,10 @@ def _estimate_once(experiment: Experiment, job: TrainingJob) -> None:
         with lines_to(channel.put.remote):
             return _estimate(experiment, job, torch.device("cuda" if use_gpu else "cpu"))
 
-    remote = ray.remote(num_cpus=1, num_gpus=int(use_gpu), max_retries=3)(estimate)
+    wait_for_room([(job.label, bundle("train", 1, float(use_gpu)))])
+    remote = ray.remote(num_cpus=1, num_gpus=int(use_gpu), resources=node_mark("train"), max_retries=3)(
+        estimate
+    )
     with progress_channel() as channel, actors_errors():
         said = ray.get(remote.remote(channel))
     say(said)

@@ -14,7 +14,7 @@ from tmkd_ray.errors import UserError
 from tmkd_ray.knowledge import KnowledgeLayout
 from tmkd_ray.knowledge.compute import ClipStage, VisualStage
 from tmkd_ray.stages.experiment import Experiment
-from tmkd_ray.stages.room import Bundle, NodeKind, node_mark, wait_for_room
+from tmkd_ray.stages.room import Bundle, NodeKind, bundle, node_mark, wait_for_room
 from tmkd_ray.stages.session import cluster_settings, num_gpus
 from tmkd_ray.teachers import ClipTeacher, VisualTeacher
 
@@ -99,11 +99,10 @@ def wait_for_pools(pools: Sequence[tuple[str, PoolConfig, float, NodeKind]]) -> 
     needed: list[tuple[str, Bundle]] = []
     wanted: list[tuple[str, Bundle]] = []
     for name, pool, gpus, kind in pools:
-        asked = {"CPU": pool.num_cpus, "GPU": gpus, **node_mark(kind)}
-        bundle = {resource: amount for resource, amount in asked.items() if amount}
-        if bundle:
-            needed += [(name, bundle)] * pool.min_size
-            wanted += [(name, bundle)] * (pool.max_size - pool.min_size)
+        actor = bundle(kind, pool.num_cpus, gpus)
+        if actor:
+            needed += [(name, actor)] * pool.min_size
+            wanted += [(name, actor)] * (pool.max_size - pool.min_size)
     if needed:
         wait_for_room(needed, wanted)
 

@@ -30,6 +30,19 @@ def node_mark(kind: NodeKind) -> Bundle:
     return {f"tmkd_{kind}": 0.001} if cluster_settings().node_marks else {}
 
 
+def bundle(kind: NodeKind, cpus: float, gpus: float) -> Bundle:
+    """Return what an actor, worker or task of a stage asks for, on its kind of node."""
+    asked = {"CPU": cpus, "GPU": gpus, **node_mark(kind)}
+    return {resource: amount for resource, amount in asked.items() if amount}
+
+
+def nodes_room(kind: NodeKind, cpus: float) -> int:
+    """Return how many that ask for so many CPUs the nodes of a kind have room for, busy or not."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    able = [node for node in nodes if node_mark(kind).keys() <= node.keys()]
+    return sum(int(node.get("CPU", 0.0) / cpus) for node in able)
+
+
 def wait_for_room(needed: Sequence[tuple[str, Bundle]], wanted: Sequence[tuple[str, Bundle]] = ()) -> None:
     """Wait until all that a stage needs would find a place at the same time.
 

@@ -33,6 +33,7 @@ from tmkd_ray.stages.experiment import (
 from tmkd_ray.stages.fitting import fit_clip, fit_teacher
 from tmkd_ray.stages.knowledge import check_store, compute_knowledge
 from tmkd_ray.stages.progress import say
+from tmkd_ray.stages.room import node_mark
 from tmkd_ray.stages.run import versions
 from tmkd_ray.stages.session import num_gpus
 from tmkd_ray.stages.sweep_records import Recorder, student_key
@@ -314,7 +315,7 @@ def fit_trials(
     if resources.workers > 1:  # the workers ask for themselves; their driver must not take a CPU from them
         asked: dict[str, float] = {"cpu": 0, "memory": 1024**2}
     else:
-        asked = {"cpu": resources.cpus, **({"gpu": plan.gpus} if plan.gpus > 0 else {})}
+        asked = {"cpu": resources.cpus, **({"gpu": plan.gpus} if plan.gpus > 0 else {}), **node_mark("train")}
     filesystem, root = storage.open_filesystem(storage.join(plan.folder, "tune"))
     tuner = tune.Tuner(
         tune.with_resources(functools.partial(run_trial, plan=plan), asked),
@@ -351,7 +352,7 @@ def measure_latencies(space: Space, plan: TrialPlan) -> dict[str, float]:
                 raise UserError(f"search.parameters.{path}: with objective latency give `choice` or `grid`")
             students = [{**student, path: value} for student in students for value in values]
     resources = space.search.resources
-    remote = ray.remote(num_cpus=resources.cpus, num_gpus=plan.gpus)(_measure)
+    remote = ray.remote(num_cpus=resources.cpus, num_gpus=plan.gpus, resources=node_mark("train"))(_measure)
     found = {}
     for student in students:
         config = trial_config(space.config, student)

@@ -23,7 +23,7 @@ from tmkd_ray.progress import time_left
 from tmkd_ray.results import EpochRecord
 from tmkd_ray.settings import Settings
 from tmkd_ray.stages.progress import lines_to, progress_channel, say
-from tmkd_ray.stages.room import node_mark, wait_for_room
+from tmkd_ray.stages.room import bundle, wait_for_room
 from tmkd_ray.stages.session import cluster_settings, interruptible, num_gpus, use_cluster_settings
 from tmkd_ray.training.context import WorkerContext
 from tmkd_ray.training.loop import TrainTask, train
@@ -172,9 +172,8 @@ def run_jobs(jobs: Sequence[TrainingJob], folder: str) -> list[Outcome]:
 def _fit(jobs: Sequence[TrainingJob], folder: str) -> None:
     training = jobs[0].training
     num_workers, use_gpu = _workers(training)
-    resources = {"CPU": training.num_cpus_per_worker, **node_mark("train")}
-    if use_gpu:
-        resources["GPU"] = _gpu_share(jobs[0], num_workers)
+    gpus = _gpu_share(jobs[0], num_workers) if use_gpu else 0.0
+    resources = bundle("train", training.num_cpus_per_worker, gpus)
     fewest, most = (num_workers, num_workers) if isinstance(num_workers, int) else num_workers
     worker = (f"a worker of {jobs[0].label}", resources)
     wait_for_room([worker] * fewest, [worker] * (most - fewest))

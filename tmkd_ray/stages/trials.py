@@ -24,6 +24,8 @@ from tmkd_ray.results import EpochRecord
 from tmkd_ray.search.space import Parameters, store_key, trial_config
 from tmkd_ray.stages.distillation import student_task
 from tmkd_ray.stages.experiment import Experiment, identity_key
+from tmkd_ray.stages.room import bundle
+from tmkd_ray.stages.session import use_cluster_settings
 from tmkd_ray.teachers.passes import teacher_passes
 from tmkd_ray.training.context import PlainContext
 from tmkd_ray.training.loop import train
@@ -99,6 +101,7 @@ def checkpoint_folder(plan: TrialPlan, key: str) -> str:
 
 def run_trial(config: dict[str, Any], plan: TrialPlan) -> None:
     """What Tune runs: train one student and report every epoch, going on from the trial's own checkpoint."""
+    use_cluster_settings(plan.config.cluster)
     assignment = assignment_of(plan, config)
     if plan.config.search is not None and plan.config.search.resources.workers > 1:
         _run_distributed(plan, assignment)
@@ -259,7 +262,7 @@ def _run_distributed(plan: TrialPlan, assignment: Assignment) -> None:
         scaling_config=ray.train.ScalingConfig(
             num_workers=resources.workers,
             use_gpu=plan.gpus > 0,
-            resources_per_worker={"CPU": resources.cpus, **({"GPU": plan.gpus} if plan.gpus > 0 else {})},
+            resources_per_worker=bundle("train", resources.cpus, plan.gpus),
         ),
         run_config=ray.train.RunConfig(
             # A finished name would be taken for a run to go on with; the checkpoints are the trial's own.
@@ -276,6 +279,7 @@ def _run_distributed(plan: TrialPlan, assignment: Assignment) -> None:
 
 def _worker(loop_config: dict[str, Any]) -> None:
     plan, assignment = loop_config["plan"], loop_config["assignment"]
+    use_cluster_settings(plan.config.cluster)
     folder = checkpoint_folder(plan, trial_key(plan, assignment))
     _train(plan, assignment, TrialContext(folder, ray.train.torch.get_device(), ray.train.report))
 
