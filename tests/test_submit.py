@@ -91,7 +91,14 @@ def client(monkeypatch):
 
 @pytest.mark.parametrize(
     ("status", "code", "expected"),
-    [("SUCCEEDED", 0, 0), ("FAILED", 2, 2), ("FAILED", None, 1), ("STOPPED", None, 130)],
+    [
+        ("SUCCEEDED", 0, 0),
+        ("FAILED", 2, 2),
+        ("FAILED", -9, 137),
+        ("FAILED", 137, 137),
+        ("FAILED", None, 1),
+        ("STOPPED", None, 130),
+    ],
 )
 def test_the_exit_code_is_the_job_s(client, capsys, status, code, expected):
     client.status, client.code = JobStatus(status), code

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import shlex
 import tempfile
 import time
@@ -36,6 +37,9 @@ EXCLUDES = (
 INTERRUPTED = 130
 """Exit code of a job that was stopped, as of a program after Ctrl-C."""
 
+_STOP_WAIT_S = 30
+"""For a stopped job to end by itself, giving back what it claimed; then it is killed. Ray's own 3 s are few."""
+
 _RECONNECT_S = 2.0
 _RECONNECTS = 30
 
@@ -48,7 +52,10 @@ def runtime_env(working_dir: Path) -> dict[str, Any]:
     environment: dict[str, Any] = {
         "working_dir": str(working_dir),
         "excludes": list(EXCLUDES),
-        "env_vars": {"PYTHONUNBUFFERED": "1"},  # so that the log is there as it is written
+        "env_vars": {
+            "PYTHONUNBUFFERED": "1",  # so that the log is there as it is written
+            "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S),
+        },
     }
     if not (working_dir / tmkd_ray.__name__ / "__init__.py").exists():
         environment["py_modules"] = [str(Path(tmkd_ray.__file__).parent)]
@@ -75,6 +82,7 @@ class Jobs:
 
     def __init__(self, address: str) -> None:
         self.address = address
+        logging.getLogger("ray").setLevel(logging.ERROR)  # else a line for every file that is not uploaded
         with self._failures():
             self._client = JobSubmissionClient(address)
 
@@ -149,7 +157,10 @@ class Jobs:
         if details.status == JobStatus.SUCCEEDED:
             return 0
         say(self.status(job))
-        return INTERRUPTED if details.status == JobStatus.STOPPED else details.driver_exit_code or 1
+        if details.status == JobStatus.STOPPED:
+            return INTERRUPTED
+        code: int = details.driver_exit_code or 1
+        return code if code > 0 else 128 - code  # ended by a signal, which Python counts below zero
 
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:
