@@ -1,6 +1,7 @@
 """`tmkd` in processes of its own, with the Ray that it starts: found and ended by process id."""
 
 import contextlib
+import functools
 import io
 import multiprocessing
 import os
@@ -8,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from ray._private import ray_constants
 
@@ -65,38 +68,66 @@ def commands(prepare: Callable[[], None] | None = None) -> Iterator[Commands]:
     Args:
         prepare: called there first; a function of a module.
     """
+    with process_that_answers(functools.partial(_local_ray, prepare)) as run:
+        yield run
+
+
+def _local_ray(prepare: Callable[[], None] | None) -> Commands:
+    from tmkd_ray.stages.session import start_local_ray
+
+    start_local_ray(num_cpus=4)
+    if prepare is not None:
+        prepare()
+    return run_command
+
+
+def run_command(*arguments: str) -> Answer:
+    """Run a command of `tmkd` in this process."""
+    from tmkd_ray.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(arguments)
+    return Answer(code, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def process_that_answers(start: Callable[[], Callable[..., Any]]) -> Iterator[Callable[..., Any]]:
+    """Yield a function that another process computes; it and all that it starts end with the block.
+
+    Args:
+        start: called there first, in the environment of this moment; returns the function.
+    """
     here, there = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(there, prepare))
+    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(there, start))
     process.start()
     there.close()
 
-    def run(*arguments: str) -> Answer:
+    def ask(*arguments: Any) -> Any:
         here.send(arguments)
-        answer: Answer = here.recv()
+        answer = here.recv()
+        if isinstance(answer, BaseException):
+            raise answer
         return answer
 
     try:
-        yield run
+        yield ask
     finally:
         assert process.pid is not None
         kill_all(process.pid)
         process.join()
 
 
-def _serve(connection: Connection, prepare: Callable[[], None] | None) -> None:
+def _serve(connection: Connection, start: Callable[[], Callable[..., Any]]) -> None:
     os.setsid()
-    from tmkd_ray.cli import main
-    from tmkd_ray.stages.session import start_local_ray
-
-    start_local_ray(num_cpus=4)
-    if prepare is not None:
-        prepare()
+    answer = start()
     while True:
         arguments = connection.recv()
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = main(arguments)
-        connection.send(Answer(code, out.getvalue(), err.getvalue()))
+        try:
+            connection.send(answer(*arguments))
+        except Exception as error:
+            error.add_note(traceback.format_exc())
+            connection.send(error)
 
 
 def kill_all(leader: int) -> None:
