@@ -1,6 +1,7 @@
 """The standard ablation: which methods, and what it leaves."""
 
 import csv
+import io
 
 import pytest
 from tiny_road import TINY
@@ -8,6 +9,7 @@ from tiny_road import TINY
 from tmkd_ray.cli import main
 from tmkd_ray.config_reading import read_config
 from tmkd_ray.errors import UserError
+from tmkd_ray.report.ablation import ablation_csv, ablation_markdown
 from tmkd_ray.results import RunResults
 from tmkd_ray.stages.ablation import ablation_config
 
@@ -53,6 +55,18 @@ def test_parts_that_are_out_already_are_no_rows():
 def test_what_cannot_be_taken_apart_is_a_clear_error(overrides, strategies, message):
     with pytest.raises(UserError, match=message):
         ablation_config(read_config(None, ["dataset=digits", *overrides]), strategies)
+
+
+def test_each_part_is_compared_with_the_whole_of_its_own_strategy(make_results, make_method):
+    accuracies = {"kd-full": 0.9, "kd-plain": 0.8, "dkd-full": 0.6, "dkd-plain": 0.75, "alone": 0.5}
+    methods = [make_method(name, [value, value + 0.01]) for name, value in accuracies.items()]
+    results = make_results(methods=methods)
+    rows = {row["part"]: row for row in csv.DictReader(io.StringIO(ablation_csv(results)))}
+    assert rows["kd-full"]["difference"] == rows["dkd-full"]["difference"] == ""
+    expected = {"kd-plain": -0.1, "dkd-plain": 0.15, "alone": -0.4}
+    assert {name: float(rows[name]["difference"]) for name in expected} == pytest.approx(expected)
+    assert "`alone` with that of the first" in ablation_markdown(results)
+    assert "`alone` with that of the first" not in ablation_markdown(make_results(methods=methods[:2]))
 
 
 @pytest.mark.ray

@@ -47,10 +47,18 @@ def ablation_markdown(results: RunResults) -> str:
     lines += [
         "",
         "Accuracy: mean ± sample standard deviation over the seeds. Difference: mean of the differences seed "
-        "by seed, ± the half-width of its 95 % interval (Student's t); `within noise` where it holds zero.",
+        "by seed, ± the half-width of its 95 % interval (Student's t); `within noise` where it holds zero, "
+        "`noise unknown` where one seed, or differences that are all the same, give none.",
+        *_which_whole(results),
         f"{of(results.dataset.num_test or 0, 'test image')}; student {results.methods[0].student}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _which_whole(results: RunResults) -> list[str]:
+    if sum(method.name.endswith(WHOLE) for method in results.methods) == 1:
+        return []
+    return [f"Each part is compared with the `{WHOLE}` of its own strategy, `alone` with that of the first."]
 
 
 def ablation_csv(results: RunResults) -> str:
