@@ -110,6 +110,21 @@ def test_another_seed_other_weights(tmp_path: Path) -> None:
     assert not torch.equal(weights["fc.weight"], others["fc.weight"])
 
 
+def test_each_step_draws_numbers_of_its_own(tmp_path: Path) -> None:
+    """By seed, epoch and step."""
+
+    def drawn(seed: int, folder: str) -> list[float]:
+        values: list[float] = []
+        task = ScriptedTask([0.5] * 2, steps=3)
+        task.after_step = lambda batch: values.append(torch.rand(()).item())  # type: ignore[method-assign]
+        run(task, scripted(epochs=2, seed=seed), tmp_path / folder)
+        return values
+
+    first = drawn(0, "first")
+    assert len(set(first + drawn(1, "another seed"))) == 12
+    assert drawn(0, "again") == first
+
+
 def test_interrupted_before_the_checkpoint_is_stored(tmp_path: Path) -> None:
     """The epoch is trained again, to the same end; nothing of its first run remains."""
     config = training()
@@ -234,13 +249,17 @@ def test_checkpoints_within_epochs(tmp_path: Path) -> None:
 
 
 def test_time_is_told_apart(tmp_path: Path) -> None:
+    """Waiting from training, of the whole epoch, though it was interrupted after two of three steps."""
+
     class Slow(ScriptedTask):
         def batches(self, epoch: int, context: PlainContext, first_step: int = 0) -> Any:  # type: ignore[override]
             for batch in super().batches(epoch, context, first_step):
                 time.sleep(0.05)
                 yield batch
 
-    (record,) = run(Slow([0.5], steps=3), scripted(epochs=1), tmp_path).history
+    config = scripted(epochs=1, checkpoint_every_steps=1)
+    interrupt(Slow([0.5], steps=3), config, tmp_path, epoch=0, step=2)
+    (record,) = run(Slow([0.5], steps=3), config, tmp_path).history
     assert record.data_seconds is not None
     assert record.data_share is not None
     assert 0.15 <= record.data_seconds <= record.seconds

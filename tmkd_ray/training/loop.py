@@ -311,10 +311,10 @@ def _position(state: TrainingState) -> str:
     return f"epoch {state.epoch}{within}"
 
 
-def _means(terms: Sequence[str], sums: Sequence[float]) -> tuple[float, dict[str, float], float | None]:
+def _means(terms: Sequence[str], sums: Sequence[float]) -> tuple[float, dict[str, float | None], float | None]:
     """Return loss, its terms and the accuracy on the training images, of the sums of steps."""
     loss, *values, correct, count = sums
-    means = {name: value / count for name, value in zip(terms, values, strict=True)}
+    means: dict[str, float | None] = {name: value / count for name, value in zip(terms, values, strict=True)}
     return loss / count, means, None if correct < 0 else correct / count
 
 
