@@ -1,8 +1,11 @@
 """`tmkd views`: what is drawn, in which order, and what is refused."""
 
 import io
+import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -13,8 +16,6 @@ from tmkd_ray.report.panels import Panel, PanelRow, panels_png
 from tmkd_ray.views import build_view
 from tmkd_ray.views.edge import EdgeConfig
 from tmkd_ray.views.original import OriginalConfig
-
-from .datasets.dataset_samples import encode, random_pixels, write_shard
 
 
 @pytest.fixture
@@ -117,9 +118,14 @@ def test_a_configuration_gives_images_of_several_classes_and_its_views(tmp_path,
 
 
 def test_a_folder_of_parquet_shards_gives_images_of_several_classes(tmp_path, monkeypatch):
-    content = [encode(random_pixels(i, 12, 14)) for i in range(9)]
-    write_shard(tmp_path / "data" / "train-0.parquet", content, [i % 3 for i in range(9)])
-    write_shard(tmp_path / "data" / "test-0.parquet", content[:3], [0, 1, 2])
+    buffer = io.BytesIO()
+    Image.new("RGB", (14, 12)).save(buffer, "PNG")
+    feature = {"names": ["ant", "bee", "cat"], "_type": "ClassLabel"}
+    metadata = {"huggingface": json.dumps({"info": {"features": {"label": feature}}})}
+    table = pa.table({"image": [buffer.getvalue()] * 9, "label": [i % 3 for i in range(9)]})
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "data" / f"{split}-0.parquet")
     drawn = []
     monkeypatch.setattr("tmkd_ray.report.panels.panels_png", lambda rows: drawn.extend(rows) or b"")
     assert main(["views", str(tmp_path), "--out", str(tmp_path / "gallery.png"), "--num", "4"]) == 0

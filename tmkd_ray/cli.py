@@ -17,12 +17,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     # argparse takes only the first group of overrides; those behind a later option come back as unknown.
     options, rest = parser.parse_known_args(arguments)
-    unknown = [argument for argument in rest if argument.startswith("-") or not hasattr(options, "overrides")]
+    command: Command = options.command
+    has_open_end = hasattr(options, command.open_end)
+    unknown = [argument for argument in rest if argument.startswith("-") or not has_open_end]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
-        options.overrides += rest
-    command: Command = options.command
+        getattr(options, command.open_end).extend(rest)
     try:
         return command(options)
     except UserError as error:

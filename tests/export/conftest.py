@@ -55,7 +55,7 @@ def write_run(folder: Path, student: str, seeds: tuple[int, ...] = (0,), size: i
     )
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(dump_config(config))
-    images = dataset_images(config, "train", 300)
+    images = dataset_images(config, "train", 600)
     runs = []
 
     def save(name: str, model: str, key: str) -> Outcome:

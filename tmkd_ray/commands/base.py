@@ -18,10 +18,12 @@ class Command(ABC):
     Attributes:
         description: one line for the help.
         computes: whether it is work for a cluster, and so has a script in `pipelines/` for `ray job submit`.
+        open_end: the argument, if there is one, that also takes what stands behind a later option.
     """
 
     description: ClassVar[str]
     computes: ClassVar[bool] = False
+    open_end: ClassVar[str] = "overrides"
 
     @abstractmethod
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:

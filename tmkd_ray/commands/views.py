@@ -39,6 +39,7 @@ class ViewSweep:
 @COMMANDS.register("views")
 class Views(Command):
     description = "draw what each view does to your images, its options swept in a grid by choice"
+    open_end = "what"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
