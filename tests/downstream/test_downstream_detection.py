@@ -12,9 +12,8 @@ from interrupted import StopError, StoppingContext
 
 from tmkd_ray.config.transfer import DetectConfig
 from tmkd_ray.downstream.coco import METRICS, Detections, average_precision, read_coco, require_pycocotools
-from tmkd_ray.downstream.detection import DetectionPredictor, DetectionTask, make_batch
-from tmkd_ray.downstream.detectors import build_detector
-from tmkd_ray.downstream.pyramid import FeatureMaps
+from tmkd_ray.downstream.dense import DenseTask, Meter
+from tmkd_ray.downstream.detection import Detection, DetectionModule, make_batch
 from tmkd_ray.downstream.student import build_student
 from tmkd_ray.errors import UserError
 from tmkd_ray.training.context import PlainContext
@@ -199,6 +198,27 @@ def test_batches_are_scaled_and_mirrored_with_their_boxes(tmp_path):
         assert batch.images[row, :, 15:20, :2].max() == 40
 
 
+class Listening(torch.nn.Module):
+    """A detector that keeps what it is given."""
+
+    def forward(self, images, targets):
+        self.images, self.targets = images, targets
+        return {"boxes": torch.tensor(1.5), "labels": torch.tensor(2.0)}
+
+
+def test_class_names_count_from_one_for_the_detector(tmp_path):
+    """The background is its class 0; it is given each image at its own size, and its losses are summed."""
+    data = read_coco(*write(tmp_path, tree()))
+    batch = make_batch(data, [0, 1], 30, [False, False])
+    detector = Listening()
+    output = DetectionModule(detector)(batch)
+    assert [target["labels"].tolist() for target in detector.targets] == [[2], [1]]
+    assert torch.equal(detector.targets[0]["boxes"], batch.boxes[0])
+    assert [tuple(image.shape) for image in detector.images] == [(3, 20, 30)] * 2
+    assert torch.equal(detector.images[1], batch.images[1, :, :20].float() / 255)
+    assert output.loss.loss == 3.5
+
+
 def found_as(data, change=lambda boxes: boxes, score=0.9):
     return [
         Detections(image.id, change(image.boxes.astype(float)), image.labels, np.full(len(image.boxes), score))
@@ -263,8 +283,9 @@ def config(**changes):
 
 
 def task(data, settings, seed=0):
-    detector = build_detector(FeatureMaps(build_student("resnet8", 128, None, seed)), 2, settings, MEAN, STD)
-    return DetectionTask(detector, data, data.take(np.array([0, 1])), settings)
+    kind = Detection(settings, MEAN, STD)
+    detector = kind.build(build_student("resnet8", 128, None, seed), 2)
+    return DenseTask(kind, detector, data, data.take(np.array([0, 1])))
 
 
 @pytest.mark.parametrize("detector", ["faster_rcnn", "ssdlite"])
@@ -306,11 +327,26 @@ def test_batches_skip_what_was_trained_and_share_among_workers(tmp_path):
         context.rank, context.world_size = rank, 2
         parts.append(next(iter(one.batches(1, context))))
     assert torch.equal(torch.cat([part.images for part in parts]), whole[0].images)
-    flips = [
-        next(iter(task(data, config(flip=flip)).batches(1, PlainContext(tmp_path, quiet=True)))).images
-        for flip in (0.0, 1.0)
-    ]
-    assert not torch.equal(*flips)
+    never, always = (Detection(config(flip=flip), MEAN, STD).batch(data, [2], 0).images for flip in (0, 1))
+    assert torch.equal(never[..., :32].flip(-1), always[..., :32])
+    drawn = [Detection(config(), MEAN, STD).batch(data, [2], epoch).images for epoch in range(8)]
+    assert all(torch.equal(images, never) or torch.equal(images, always) for images in drawn)
+    assert len({images.numpy().tobytes() for images in drawn}) == 2, "epochs draw anew"
+
+
+def test_parts_of_the_data(tmp_path):
+    write(tmp_path, tree())
+    settings = config(data=str(tmp_path), train="a.json", test="a.json", validation_fraction=0.3)
+    parts = Detection(settings, MEAN, STD).read()
+    assert (len(parts.train), len(parts.validation), len(parts.test)) == (3, 1, 4)
+    assert set(parts.train.paths) | set(parts.validation.paths) == set(parts.test.paths)
+    whole = Detection(settings.model_copy(update={"validation": "a.json"}), MEAN, STD).read()
+    assert (len(whole.train), len(whole.validation)) == (4, 4)
+    content = tree()
+    content["categories"][0]["name"] = "eight"
+    (tmp_path / "b.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"b\.json has other categories than .*a\.json: three, eight and three"):
+        Detection(settings.model_copy(update={"test": "b.json"}), MEAN, STD).read()
 
 
 class Oracle(torch.nn.Module):
@@ -328,8 +364,8 @@ class Oracle(torch.nn.Module):
 def test_predictions_are_in_the_images_own_pixels(tmp_path):
     data = read_coco(*write(tmp_path, tree()))
     for size in (32, 60, 120):
-        predictor = DetectionPredictor({"a": Oracle()}, data, config(image_size=size)).to("cpu")
-        found = predictor(np.array([2, 0, 3]))["a"]
+        kind = Detection(config(image_size=size), MEAN, STD)
+        found = Meter(kind, {"a": Oracle()}, data).to("cpu")(np.array([2, 0, 3]))["a"]
         assert [entry.image_id for entry in found] == [12, 10, 13]
         for entry, position in zip(found, (2, 0, 3), strict=True):
             np.testing.assert_allclose(entry.boxes, data.images[position].boxes, atol=2)

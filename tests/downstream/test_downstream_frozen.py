@@ -32,6 +32,7 @@ def test_features_are_the_networks_whatever_the_chunks_and_batches():
     chunks = [work(np.arange(0, 5)), work(np.arange(5, 13))]
     assert [chunk["train"].ids.tolist() for chunk in chunks] == [others.ids.tolist(), []]
     table = joined([chunk["test"] for chunk in chunks])
+    assert list(joined([chunk["test"] for chunk in chunks], ["other"]).features) == ["other"]
     assert table.ids.tolist() == index.ids.tolist()
     assert table.labels.tolist() == index.labels.tolist()
     images = np.stack([np.asarray(image) for image in dataset.read("test", index)]).astype(np.float32) / 255
@@ -152,13 +153,13 @@ def test_every_sample_of_an_epoch_is_used_once():
 def test_the_rate_is_chosen_on_validation_and_test_says_how_good_it_is():
     train, validation, test = (blobs(90, width=20, seed=seed, spread=2.0) for seed in range(3))
     rates = [1e-3, 0.1, 10.0]
-    config = linear_config(fractions=[0.1, 1.0], learning_rates=rates, epochs=5, min_steps=50)
-    few, whole = probe(train, validation, test, "student", 3, config)
+    config = linear_config(learning_rates=rates, epochs=5, min_steps=50)
+    few, whole = (probe(train, validation, test, "student", 3, part, config) for part in (0.1, 1.0))
     assert (few.num_labelled, whole.num_labelled) == (9, 90)
     alone = {
         rate: probe(
-            train, validation, test, "student", 3, config.model_copy(update={"learning_rates": (rate,)})
-        )[1]
+            train, validation, test, "student", 3, 1.0, config.model_copy(update={"learning_rates": (rate,)})
+        )
         for rate in rates
     }
     accuracies = [result.validation_accuracy for result in alone.values()]
@@ -170,13 +171,13 @@ def test_the_rate_is_chosen_on_validation_and_test_says_how_good_it_is():
     )
     # Labels of test that say something else change nothing but the test figure.
     wrong = FeatureTable(test.features, (test.labels + 1) % 3, test.ids)
-    other = probe(train, validation, wrong, "student", 3, config)[1]
+    other = probe(train, validation, wrong, "student", 3, 1.0, config)
     assert (other.learning_rate, other.validation_accuracy) == (whole.learning_rate, whole.validation_accuracy)
     assert other.accuracy < 0.4 < whole.accuracy
     # Where all rates do equally well the smallest is taken, in whatever order they are given.
     far = blobs(90, seed=0, spread=0.01)
-    tied = linear_config(fractions=[1.0], learning_rates=[0.3, 0.1, 0.2], epochs=5)
-    assert probe(far, far, far, "student", 3, tied)[0].learning_rate == 0.1
+    tied = linear_config(learning_rates=[0.3, 0.1, 0.2], epochs=5)
+    assert probe(far, far, far, "student", 3, 1.0, tied).learning_rate == 0.1
 
 
 def test_a_feature_that_never_varies_does_no_harm():
@@ -186,8 +187,8 @@ def test_a_feature_that_never_varies_does_no_harm():
         train.labels,
         train.ids,
     )
-    result = probe(constant, constant, constant, "student", 3, linear_config(fractions=[1.0], epochs=2))[0]
-    plain = probe(train, train, train, "student", 3, linear_config(fractions=[1.0], epochs=2))[0]
+    result = probe(constant, constant, constant, "student", 3, 1.0, linear_config(epochs=2))
+    plain = probe(train, train, train, "student", 3, 1.0, linear_config(epochs=2))
     assert result.accuracy == plain.accuracy
 
 

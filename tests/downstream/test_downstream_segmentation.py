@@ -9,14 +9,12 @@ from interrupted import StopError, StoppingContext
 from PIL import Image
 
 from tmkd_ray.config.transfer import SegmentConfig
+from tmkd_ray.downstream.dense import DenseTask, Meter, total
 from tmkd_ray.downstream.masks import random_crop, read_class_list, read_masks, scaled_pair
-from tmkd_ray.downstream.pyramid import FeatureMaps
 from tmkd_ray.downstream.segmentation import (
-    ConfusionMeter,
+    Segmentation,
     SegmentationBatch,
     SegmentationModule,
-    SegmentationTask,
-    Segmenter,
     confusion_matrix,
     segmentation_metrics,
 )
@@ -44,7 +42,7 @@ def write(folder, num_images=4, height=24, width=36):
 
 def test_pairs_are_read_as_they_are(tmp_path):
     data = read_masks(*write(tmp_path))
-    assert [path.rpartition("/")[2] for path in data.image_paths] == [f"i{i}.png" for i in range(4)]
+    assert [path.rpartition("/")[2] for path in data.paths] == [f"i{i}.png" for i in range(4)]
     image, mask = data.read(2)
     assert image.shape == (24, 36, 3)
     assert np.unique(mask).tolist() == [0, 1, 255]
@@ -177,7 +175,7 @@ def config(**changes):
 def segmenter(seed=0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return Segmenter(FeatureMaps(build_student("resnet8", 128, None, seed)), len(NAMES), "fcn", MEAN, STD)
+        return Segmentation(config(), MEAN, STD).build(build_student("resnet8", 128, None, seed), len(NAMES))
 
 
 def test_the_loss_is_the_mean_over_labelled_pixels():
@@ -205,6 +203,13 @@ class Brightness(torch.nn.Module):
         return F.one_hot(bright, 3).permute(0, 3, 1, 2).float()
 
 
+class Dark(torch.nn.Module):
+    """Sees dark everywhere."""
+
+    def forward(self, images):
+        return F.one_hot(torch.zeros_like(images[:, 0]).long(), 3).permute(0, 3, 1, 2).float()
+
+
 def test_every_labelled_pixel_counts_once_at_the_masks_own_size(tmp_path):
     folders = write(tmp_path)
     # An image of another size among them: batches are of like sizes.
@@ -212,16 +217,35 @@ def test_every_labelled_pixel_counts_once_at_the_masks_own_size(tmp_path):
     cv2.imwrite(str(tmp_path / "images" / "i1.png"), np.repeat(mask[:, :, None] * 180 + 30, 3, axis=2))
     cv2.imwrite(str(tmp_path / "masks" / "i1.png"), mask)
     data = read_masks(*folders)
-    meter = ConfusionMeter({"a": Brightness()}, data, config(image_size=24)).to("cpu")
-    parts = [meter(np.array([0, 1, 2]))["a"], meter(np.array([3]))["a"]]
-    total = sum(parts)
+    kind = Segmentation(config(image_size=24), MEAN, STD)
+    meter = Meter(kind, {"a": Brightness(), "b": Dark()}, data).to("cpu")
+    parts = [meter(np.array([0, 1, 2])), meter(np.array([3])), meter(np.array([], dtype=np.int64))]
+    whole = total([part["a"] for part in parts])
     labelled = 3 * 23 * 36 + 30 * 30
-    assert total.sum() == labelled
-    assert total[2].sum() == 0
-    assert np.trace(total) / labelled > 0.97
-    small = ConfusionMeter({"a": Brightness()}, data, config(image_size=16)).to("cpu")(np.arange(4))["a"]
+    assert whole.sum() == labelled
+    assert whole[2].sum() == 0
+    assert np.trace(whole) / labelled > 0.97
+    assert total([part["b"] for part in parts])[:, 1:].sum() == 0
+    small_kind = Segmentation(config(image_size=16), MEAN, STD)
+    small = Meter(small_kind, {"a": Brightness()}, data).to("cpu")(np.arange(4))["a"]
     assert small.sum() == labelled
     assert np.trace(small) / labelled > 0.9
+
+
+def test_two_workers_judge_an_epoch_as_one(tmp_path):
+    """Each sees its own validation images; what they find is added up before the score is taken."""
+    data = read_masks(*write(tmp_path, num_images=3))
+    task = DenseTask(Segmentation(config(), MEAN, STD), segmenter(), data, data)
+    task.network.eval()
+    alone = task.validate(PlainContext(tmp_path, quiet=True))
+    found = []
+    for rank in range(2):
+        context = PlainContext(tmp_path, quiet=True)
+        context.rank, context.world_size = rank, 2
+        context.gather = lambda value: found.append(value) or found
+        together = task.validate(context)
+    assert [int(part.sum()) for part in found] == [2 * 23 * 36, 23 * 36]
+    assert together == alone
 
 
 def test_resumed_training_ends_in_the_same_weights(tmp_path):
@@ -229,7 +253,8 @@ def test_resumed_training_ends_in_the_same_weights(tmp_path):
     settings = config()
 
     def task(seed=0):
-        return SegmentationTask(segmenter(seed), data, data.take(np.array([0, 1])), settings, MEAN)
+        kind = Segmentation(settings, MEAN, STD)
+        return DenseTask(kind, segmenter(seed), data, data.take(np.array([0, 1])))
 
     first = task()
     whole = train(first, settings.training, PlainContext(tmp_path / "whole", quiet=True), "key", "test")
@@ -246,7 +271,7 @@ def test_resumed_training_ends_in_the_same_weights(tmp_path):
 
 def test_augmentation_is_drawn_by_epoch_and_image_alone(tmp_path):
     data = read_masks(*write(tmp_path))
-    task = SegmentationTask(segmenter(), data, data, config(crop_size=20), MEAN)
+    task = DenseTask(Segmentation(config(crop_size=20), MEAN, STD), segmenter(), data, data)
     context = PlainContext(tmp_path, quiet=True)
     epoch = list(task.batches(1, context))
     assert epoch[0].images.shape == (2, 3, 20, 20)
@@ -259,7 +284,7 @@ def test_augmentation_is_drawn_by_epoch_and_image_alone(tmp_path):
         for batch in task.batches(2, context)
         for i, m in zip(batch.indices, batch.images, strict=True)
     }
-    assert any(
+    assert all(
         not torch.equal(image, other[int(i)])
         for batch in epoch
         for i, image in zip(batch.indices, batch.images, strict=True)

@@ -12,9 +12,11 @@ from tmkd_ray.cli import main
 from tmkd_ray.datasets import build_dataset
 from tmkd_ray.datasets.decode import load_images
 from tmkd_ray.datasets.digits import DigitsConfig
+from tmkd_ray.datasets.splits import split_train
 from tmkd_ray.downstream.knn import knn_accuracy
 from tmkd_ray.downstream.student import build_student
 from tmkd_ray.pretraining.base import build_projector
+from tmkd_ray.stages import transfer_features
 from tmkd_ray.teachers import ClipTeacher
 from tmkd_ray.teachers.pixels import Normalize
 
@@ -62,7 +64,9 @@ def results(output, task):
     return json.loads((folder / "results.json").read_text())
 
 
-def test_frozen_features_of_every_image_once(ray_cluster, student, tmp_path, capsys):
+def test_frozen_features_of_every_image_once(ray_cluster, student, tmp_path, capsys, monkeypatch):
+    for name in ("knn_accuracy", "probe", "zero_shot_logits", "joined"):  # workers have their own
+        monkeypatch.setattr(transfer_features, name, None)  # the driver computes nothing
     options = ["--student", str(student), *DIGITS, f"output={tmp_path}"]
     assert main(["transfer", "knn", *options, "k=5"]) == 0  # by two workers
     options.append("num_workers=1")
@@ -83,12 +87,22 @@ def test_frozen_features_of_every_image_once(ray_cluster, student, tmp_path, cap
     assert (rows[0]["top-1"], rows[0]["top-5"]) == pytest.approx(knn_accuracy(*parts, 10, 5, 0.07), abs=1 / 400)
 
     assert main(["transfer", "linear", *options, "fractions=[0.1, 1]", "min_steps=100", "epochs=1"]) == 0
-    rows = results(tmp_path, "linear")["rows"]
+    content = results(tmp_path, "linear")
+    rows = content["rows"]
+    validation = split_train(dataset.index("train"), dataset.config.validation_fraction, 0)[1]
+    sizes = (len(parts[3]), len(parts[1]) - len(validation), len(validation))
+    said = "top-1 on {} test images; {} training images; learning rate chosen on {} validation images"
+    assert content["notes"] == [said.format(*sizes)]
+    assert [p["num_labelled"] for p in content["probes"]["student"]][1] == sizes[1]
     assert list(rows[0]) == ["backbone", "10 % of labels", "lr (10 %)", "100 % of labels", "lr (100 %)"]
     assert rows[0]["100 % of labels"] > 0.5 > 0.1  # of ten classes; even random convolutions see something
 
-    assert main(["transfer", "zero-shot", *options, "prompts=a photo of a {}."]) == 0
-    rows = results(tmp_path, "zero-shot")["rows"]
+    given = str(student / "model.safetensors")
+    assert main(["transfer", "zero-shot", *options, "prompts=a photo of a {}.", "--baseline", given]) == 0
+    content = results(tmp_path, "zero-shot")
+    rows = content["rows"]
+    assert [row["backbone"] for row in rows] == ["student", "random weights"]
+    assert "no projector" in content["notes"][1]
     clip = ClipTeacher.load(str(student / "clip"))
     bank = clip.text_bank([["a photo of a {}."]], dataset.class_names)[0].double().numpy()
     state = safetensors.torch.load_file(student / "projector.safetensors")

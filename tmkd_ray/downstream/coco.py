@@ -55,6 +55,11 @@ class CocoData:
     num_dropped: int
     fingerprint: str
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of the images."""
+        return tuple(image.path for image in self.images)
+
     def __len__(self) -> int:
         return len(self.images)
 

@@ -1,20 +1,23 @@
 """Train a detector and use it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tmkd_ray import storage
 from tmkd_ray.config.transfer import DetectConfig
 from tmkd_ray.downstream.annotated import resized, sample_generator
-from tmkd_ray.downstream.coco import CocoData, Detections, average_precision
-from tmkd_ray.training.context import WorkerContext
-from tmkd_ray.training.loader import epoch_order, worker_batches
-from tmkd_ray.training.prefetch import prefetched
-from tmkd_ray.training.task import StepOutput, TrainTask
+from tmkd_ray.downstream.coco import CocoData, CocoImage, Detections, average_precision, read_coco
+from tmkd_ray.downstream.dense import DenseData, DenseKind, DenseMetrics, set_apart
+from tmkd_ray.downstream.detectors import build_detector
+from tmkd_ray.downstream.pyramid import FeatureMaps
+from tmkd_ray.errors import UserError
+from tmkd_ray.models import ImageClassifier
+from tmkd_ray.progress import say
+from tmkd_ray.training.task import StepOutput
 from tmkd_ray.types import LossOutput
 
 
@@ -102,93 +105,79 @@ def crop_images(batch: DetectionBatch) -> list[Tensor]:
     return [image[:, :h, :w].float() / 255 for image, (h, w) in zip(batch.images, sizes, strict=True)]
 
 
-class DetectionTask(TrainTask):
-    """A detector in training. The epoch to keep has the best mAP on the validation images."""
-
-    def __init__(
-        self, detector: nn.Module, train: CocoData, validation: CocoData, config: DetectConfig
-    ) -> None:
-        self.module: DetectionModule = DetectionModule(detector)
-        self.train, self.validation, self.config = train, validation, config
-        self.num_samples = len(train)
-        cv2.setNumThreads(1)  # the workers are the parallelism
-
-    def batches(self, epoch: int, context: WorkerContext, first_step: int = 0) -> Iterator[DetectionBatch]:
-        training = self.config.training
-        order_N = epoch_order(self.num_samples, training.seed, epoch)
-
-        def read() -> Iterator[DetectionBatch]:
-            for chosen_B in worker_batches(
-                order_N, training.batch_size, context.rank, context.world_size, first_step
-            ):
-                positions: list[int] = chosen_B.tolist()
-                flips = [
-                    bool(sample_generator(training.seed, epoch, position).random() < self.config.flip)
-                    for position in positions
-                ]
-                yield make_batch(self.train, positions, self.config.image_size, flips)
-
-        for batch in prefetched(read()):
-            yield batch.to(context.device)
-
-    def sample_ids(self, indices_B: Tensor) -> list[str]:
-        return [self.train.images[index].path for index in indices_B.tolist()]
-
-    def validate(self, context: WorkerContext) -> dict[str, float]:
-        predictor = DetectionPredictor({"": self.module.detector}, self.validation, self.config)
-        predictor.device = context.device
-        mine = np.arange(context.rank, len(self.validation), context.world_size)
-        parts = context.gather(predictor(mine)[""])
-        metrics = average_precision(self.validation, [found for part in parts for found in part])
-        return {"accuracy": metrics["mAP"] or 0.0}
+class Detection(DenseKind[DetectConfig, CocoData]):
+    """Object detection; the score is mAP, what is found a list of Detections."""
 
     @property
-    def kept(self) -> nn.Module:
-        return self.module.detector
+    def head(self) -> str:
+        return self.config.detector
 
+    def read(self) -> DenseData[CocoData]:
+        config = self.config
+        train, test = self._read(config.train, None), self._read(config.test, config.test_images)
+        if config.validation is None:
+            train, validation = set_apart(train, config)
+        else:
+            validation = self._read(config.validation, config.validation_images)
+        for data in (validation, test):
+            if data.class_names != train.class_names:
+                names, wanted = ", ".join(data.class_names), ", ".join(train.class_names)
+                raise UserError(
+                    f"{data.source} has other categories than {train.source}: {names} and {wanted}, in the "
+                    "order of their ids"
+                )
+        if not any(len(image.boxes) for image in train.images):
+            raise UserError(f"{train.source} has no boxes")
+        return DenseData(train, validation, test)
 
-class DetectionPredictor:
-    """What detectors find on images; pickles, to be sent to workers.
+    def _read(self, name: str, images: str | None) -> CocoData:
+        root = storage.absolute(self.config.data)
+        folder = storage.join(root, self.config.images if images is None else images)
+        data = read_coco(storage.join(root, name), folder, self.config.bad_boxes)
+        if data.num_dropped:
+            say(f"{data.source}: {data.num_dropped} boxes without area or beyond their image are left out")
+        return data
 
-    Args:
-        detectors: by name.
-    """
+    def build(self, model: ImageClassifier, num_classes: int) -> nn.Module:
+        return build_detector(FeatureMaps(model), num_classes, self.config, self.mean, self.std)
 
-    def __init__(self, detectors: dict[str, nn.Module], data: CocoData, config: DetectConfig) -> None:
-        self.detectors, self.data, self.config = detectors, data, config
-        self.device = torch.device("cpu")
+    def module(self, network: nn.Module) -> nn.Module:
+        return DetectionModule(network)
 
-    def __len__(self) -> int:
-        return len(self.data)
+    def batch(self, data: CocoData, positions: Sequence[int], epoch: int) -> DetectionBatch:
+        seed = self.config.training.seed
+        flips = [
+            bool(sample_generator(seed, epoch, position).random() < self.config.flip) for position in positions
+        ]
+        return make_batch(data, positions, self.config.image_size, flips)
 
-    def to(self, device: str | torch.device) -> "DetectionPredictor":
-        """Move the detectors; called once, by the worker that runs them."""
-        self.device = torch.device(device)
-        for detector in self.detectors.values():
-            detector.to(self.device).eval()
-        cv2.setNumThreads(1)
-        return self
+    def nothing(self, data: CocoData) -> list[Detections]:
+        return []
 
-    @torch.no_grad()
-    def __call__(self, positions: np.ndarray) -> dict[str, list[Detections]]:
-        """Return what each detector finds on the images at these positions, in their order."""
-        found: dict[str, list[Detections]] = {name: [] for name in self.detectors}
-        step = self.config.training.evaluation_batch_size
-        for start in range(0, len(positions), step):
-            chosen: list[int] = positions[start : start + step].tolist()
-            batch = make_batch(self.data, chosen, self.config.image_size, [False] * len(chosen)).to(self.device)
-            for name, detector in self.detectors.items():
-                outputs: list[dict[str, Tensor]] = detector(crop_images(batch))
-                for position, size, output in zip(chosen, batch.sizes.tolist(), outputs, strict=True):
-                    found[name].append(self._in_own_pixels(position, size, output))
+    def look(
+        self, networks: dict[str, nn.Module], data: CocoData, positions: Sequence[int], device: torch.device
+    ) -> dict[str, list[Detections]]:
+        batch = make_batch(data, positions, self.config.image_size, [False] * len(positions)).to(device)
+        found = {}
+        for name, detector in networks.items():
+            outputs: list[dict[str, Tensor]] = detector(crop_images(batch))
+            sizes: list[list[int]] = batch.sizes.tolist()
+            found[name] = [
+                _in_own_pixels(data.images[position], size, output)
+                for position, size, output in zip(positions, sizes, outputs, strict=True)
+            ]
         return found
 
-    def _in_own_pixels(self, position: int, size: list[int], output: dict[str, Tensor]) -> Detections:
-        image = self.data.images[position]
-        scale = np.array([image.width / size[1], image.height / size[0]] * 2)
-        return Detections(
-            image.id,
-            output["boxes"].float().cpu().numpy() * scale,
-            output["labels"].cpu().numpy() - 1,
-            output["scores"].float().cpu().numpy(),
-        )
+    def metrics(self, data: CocoData, found: list[Detections]) -> DenseMetrics:
+        figures = average_precision(data, found)
+        return DenseMetrics(figures["mAP"] or 0.0, figures)
+
+
+def _in_own_pixels(image: CocoImage, size: list[int], output: dict[str, Tensor]) -> Detections:
+    scale = np.array([image.width / size[1], image.height / size[0]] * 2)
+    return Detections(
+        image.id,
+        output["boxes"].float().cpu().numpy() * scale,
+        output["labels"].cpu().numpy() - 1,
+        output["scores"].float().cpu().numpy(),
+    )

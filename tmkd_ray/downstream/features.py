@@ -114,12 +114,16 @@ class FeatureExtractor:
         return FeatureTable(features, chunk.labels[good], chunk.ids[good], set_aside)
 
 
-def joined(tables: Sequence[FeatureTable]) -> FeatureTable:
-    """Return the tables one after the other; at least one of them has an image."""
+def joined(tables: Sequence[FeatureTable], names: Sequence[str] | None = None) -> FeatureTable:
+    """Return the tables one after the other; at least one of them has an image.
+
+    Args:
+        names: networks to keep the features of; None: all.
+    """
     whole = [table for table in tables if len(table)]
-    names = list(whole[0].features)
+    kept = list(whole[0].features) if names is None else names
     return FeatureTable(
-        {name: np.concatenate([table.features[name] for table in whole]) for name in names},
+        {name: np.concatenate([table.features[name] for table in whole]) for name in kept},
         np.concatenate([table.labels for table in whole]),
         np.concatenate([table.ids for table in whole]),
         [entry for table in tables for entry in table.set_aside],

@@ -50,17 +50,18 @@ def knn_accuracy(
     num_classes: int,
     k: int,
     temperature: float,
+    device: str = "cpu",
 ) -> tuple[float, float]:
     """Return top-1 and top-5 accuracy, 0 to 1; arrays as in `knn_votes`."""
     votes_MC = knn_votes(
-        torch.from_numpy(bank),
-        torch.from_numpy(bank_labels),
-        torch.from_numpy(queries),
+        torch.tensor(bank, device=device),
+        torch.tensor(bank_labels, device=device),
+        torch.tensor(queries, device=device),
         num_classes,
         k,
         temperature,
     )
-    return top_accuracies(votes_MC, torch.from_numpy(labels))
+    return top_accuracies(votes_MC, torch.tensor(labels, device=device))
 
 
 def top_accuracies(scores_MC: Tensor, labels_M: Tensor) -> tuple[float, float]:

@@ -65,7 +65,7 @@ def fit_probes(
     progress = Rate(label, num_steps, "steps", quiet_if_short=True)
     for step in progress.over(range(num_steps)):
         if step % per_epoch == 0:
-            order_N = epoch_order(len(features_NS), config.seed, step // per_epoch)
+            order_N = epoch_order(len(features_NS), config.seed, step // per_epoch).to(features_NS.device)
         start = step % per_epoch * batch_size
         chosen_B = order_N[start : start + batch_size]
         batch_BS = features_NS[chosen_B]
@@ -86,42 +86,40 @@ def probe(
     test: FeatureTable,
     name: str,
     num_classes: int,
+    fraction: float,
     config: LinearConfig,
-) -> list[ProbeResult]:
-    """Fit and measure a linear probe on a network's features for each part of the labels.
+    device: str = "cpu",
+) -> ProbeResult:
+    """Fit and measure a linear probe on a network's features for a part of the labels.
 
     Features are brought to mean 0 and variance 1 by the statistics of the labelled images. Of learning rates
     that do equally well on validation the smallest is taken.
 
     Args:
-        name: of the network.
+        name: of the network. fraction: of each class's labels.
     """
-    results = []
-    for fraction in config.fractions:
-        rows = labelled_rows(train.ids, train.labels, fraction, config.seed)
-        features = torch.from_numpy(train.features[name][rows])
-        mean_S, std_S = features.mean(dim=0), features.std(dim=0, correction=0)
-        std_S = torch.where(std_S > 1e-6 * std_S.max(), std_S, torch.inf)  # what never varies says nothing
+    rows = labelled_rows(train.ids, train.labels, fraction, config.seed)
+    features = torch.tensor(train.features[name][rows], device=device)
+    mean_S, std_S = features.mean(dim=0), features.std(dim=0, correction=0)
+    std_S = torch.where(std_S > 1e-6 * std_S.max(), std_S, torch.inf)  # what never varies says nothing
 
-        def standardised(table: FeatureTable, mean_S: Tensor = mean_S, std_S: Tensor = std_S) -> Tensor:
-            return (torch.from_numpy(table.features[name]) - mean_S) / std_S
+    def standardised(table: FeatureTable) -> tuple[Tensor, Tensor]:
+        features_NS = torch.tensor(table.features[name], device=device)
+        return (features_NS - mean_S) / std_S, torch.tensor(table.labels, device=device)
 
-        rates = sorted(config.learning_rates)
-        labels = torch.from_numpy(train.labels[rows])
-        label = f"linear probe, {name}, {100 * fraction:g} % of labels"
-        weights_LCS, biases_LC = fit_probes(
-            (features - mean_S) / std_S, labels, num_classes, rates, config, label
-        )
-        validation_MS, validation_labels = standardised(validation), torch.from_numpy(validation.labels)
-        accuracies = [
-            top_accuracies(validation_MS @ weights_CS.T + biases_C, validation_labels)[0]
-            for weights_CS, biases_C in zip(weights_LCS, biases_LC, strict=True)
-        ]
-        best = int(np.argmax(accuracies))
-        logits_MC = standardised(test) @ weights_LCS[best].T + biases_LC[best]
-        accuracy, top5_accuracy = top_accuracies(logits_MC, torch.from_numpy(test.labels))
-        results.append(ProbeResult(fraction, len(rows), rates[best], accuracies[best], accuracy, top5_accuracy))
-    return results
+    rates = sorted(config.learning_rates)
+    labels = torch.tensor(train.labels[rows], device=device)
+    label = f"linear probe, {name}, {100 * fraction:g} % of labels"
+    weights_LCS, biases_LC = fit_probes((features - mean_S) / std_S, labels, num_classes, rates, config, label)
+    validation_MS, validation_labels = standardised(validation)
+    accuracies = [
+        top_accuracies(validation_MS @ weights_CS.T + biases_C, validation_labels)[0]
+        for weights_CS, biases_C in zip(weights_LCS, biases_LC, strict=True)
+    ]
+    best = int(np.argmax(accuracies))
+    test_MS, test_labels = standardised(test)
+    accuracy, top5_accuracy = top_accuracies(test_MS @ weights_LCS[best].T + biases_LC[best], test_labels)
+    return ProbeResult(fraction, len(rows), rates[best], accuracies[best], accuracy, top5_accuracy)
 
 
 def labelled_rows(ids: np.ndarray, labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

@@ -24,22 +24,22 @@ class MaskData:
     """Images and their masks, of the same stem, sorted by name.
 
     Attributes:
-        image_paths, mask_paths: one each.
+        paths, mask_paths: of images and masks, one each.
         class_names: by the masks' values.
         fingerprint: changes with the files' names and sizes.
     """
 
-    image_paths: tuple[str, ...]
+    paths: tuple[str, ...]
     mask_paths: tuple[str, ...]
     class_names: tuple[str, ...]
     fingerprint: str
 
     def __len__(self) -> int:
-        return len(self.image_paths)
+        return len(self.paths)
 
     def take(self, positions: np.ndarray) -> "MaskData":
         """Return the images at these positions."""
-        images = tuple(self.image_paths[int(position)] for position in positions)
+        images = tuple(self.paths[int(position)] for position in positions)
         masks = tuple(self.mask_paths[int(position)] for position in positions)
         return MaskData(images, masks, self.class_names, digest([self.fingerprint, images]))
 
@@ -51,11 +51,11 @@ class MaskData:
                 names the file.
         """
         path = self.mask_paths[position]
-        image, mask = read_image(self.image_paths[position]), read_mask(path)
+        image, mask = read_image(self.paths[position]), read_mask(path)
         if image.shape[:2] != mask.shape:
             raise UserError(
                 f"{path} is {mask.shape[1]}×{mask.shape[0]} pixels, its image "
-                f"{self.image_paths[position]} {image.shape[1]}×{image.shape[0]}"
+                f"{self.paths[position]} {image.shape[1]}×{image.shape[0]}"
             )
         number = len(self.class_names)
         wrong = mask[(mask >= number) & (mask != UNLABELLED)]

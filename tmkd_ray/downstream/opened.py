@@ -29,9 +29,9 @@ class Opened:
     std: ImageStatistics
     folder: str
 
-    def build(self, row: str, image_size: int) -> ImageClassifier:
-        """Return the network of a row."""
-        return build_student(self.source.model, image_size, self.weights[row])
+    def build(self, row: str, image_size: int, seed: int = 0) -> ImageClassifier:
+        """Return the network of a row; random weights are a function of `seed`."""
+        return build_student(self.source.model, image_size, self.weights[row], seed)
 
 
 def open_transfer(config: TransferConfig) -> Opened:

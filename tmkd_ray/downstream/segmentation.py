@@ -1,10 +1,9 @@
 """Train a semantic segmentation network and measure it."""
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -13,16 +12,23 @@ from torchvision.models.segmentation import FCN, LRASPP, DeepLabV3
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from torchvision.models.segmentation.fcn import FCNHead
 
+from tmkd_ray import storage
 from tmkd_ray.config.transfer import SegmentConfig
 from tmkd_ray.downstream.annotated import sample_generator
-from tmkd_ray.downstream.masks import UNLABELLED, MaskData, random_crop, scaled_pair
+from tmkd_ray.downstream.dense import DenseData, DenseKind, DenseMetrics, set_apart
+from tmkd_ray.downstream.masks import (
+    UNLABELLED,
+    MaskData,
+    random_crop,
+    read_class_list,
+    read_masks,
+    scaled_pair,
+)
 from tmkd_ray.downstream.pyramid import FeatureMaps
+from tmkd_ray.models import ImageClassifier
 from tmkd_ray.settings import ImageStatistics
 from tmkd_ray.teachers.pixels import Normalize
-from tmkd_ray.training.context import WorkerContext
-from tmkd_ray.training.loader import epoch_order, worker_batches
-from tmkd_ray.training.prefetch import prefetched
-from tmkd_ray.training.task import StepOutput, TrainTask
+from tmkd_ray.training.task import StepOutput
 from tmkd_ray.types import LossOutput
 
 _LOW_STRIDE = 8
@@ -79,11 +85,15 @@ class SegmentationBatch:
     labels: Tensor
     indices: Tensor
 
+    def to(self, device: torch.device) -> "SegmentationBatch":
+        values = (self.images, self.labels, self.indices)
+        return SegmentationBatch(*(value.to(device, non_blocking=True) for value in values))
+
 
 class SegmentationModule(nn.Module):
     """A segmentation network and its loss: mean cross-entropy over the labelled pixels."""
 
-    def __init__(self, segmenter: Segmenter) -> None:
+    def __init__(self, segmenter: nn.Module) -> None:
         super().__init__()
         self.segmenter = segmenter
 
@@ -95,114 +105,88 @@ class SegmentationModule(nn.Module):
         return StepOutput(LossOutput(loss, {"ce": loss}))
 
 
-class SegmentationTask(TrainTask):
-    """A segmentation network in training. The epoch to keep has the best mIoU on the validation images."""
+class Segmentation(DenseKind[SegmentConfig, MaskData]):
+    """Semantic segmentation; the score is mIoU, what is found a confusion matrix.
 
-    def __init__(
-        self,
-        segmenter: Segmenter,
-        train: MaskData,
-        validation: MaskData,
-        config: SegmentConfig,
-        mean: ImageStatistics,
-    ) -> None:
-        self.module: SegmentationModule = SegmentationModule(segmenter)
-        self.train, self.validation, self.config = train, validation, config
-        self.fill = np.array([round(255 * value) for value in mean], np.uint8)
-        self.num_samples = len(train)
-        cv2.setNumThreads(1)  # the workers are the parallelism
+    The network sees the image scaled to `image_size`; its logits are scaled back, so that every labelled pixel
+    of the mask counts once.
+    """
 
-    def batches(self, epoch: int, context: WorkerContext, first_step: int = 0) -> Iterator[SegmentationBatch]:
-        training = self.config.training
-        order_N = epoch_order(self.num_samples, training.seed, epoch)
+    @property
+    def head(self) -> str:
+        return self.config.head
 
-        def read() -> Iterator[SegmentationBatch]:
-            for chosen_B in worker_batches(
-                order_N, training.batch_size, context.rank, context.world_size, first_step
-            ):
-                pairs = [self.augmented(position, epoch) for position in chosen_B.tolist()]
-                images = torch.from_numpy(np.stack([image for image, _ in pairs])).permute(0, 3, 1, 2)
-                yield SegmentationBatch(
-                    images, torch.from_numpy(np.stack([mask for _, mask in pairs])), chosen_B
-                )
+    def read(self) -> DenseData[MaskData]:
+        config = self.config
+        root = storage.absolute(config.data)
+        names = read_class_list(storage.join(root, config.classes))
 
-        for batch in prefetched(read()):
-            yield SegmentationBatch(
-                *(value.to(context.device) for value in (batch.images, batch.labels, batch.indices))
-            )
+        def read(split: str) -> MaskData:
+            images, masks = (storage.join(root, folder, split) for folder in (config.images, config.masks))
+            return read_masks(images, masks, names)
 
-    def augmented(self, position: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        train, test = read(config.train), read(config.test)
+        if config.validation is None:
+            train, validation = set_apart(train, config)
+        else:
+            validation = read(config.validation)
+        return DenseData(train, validation, test)
+
+    def build(self, model: ImageClassifier, num_classes: int) -> nn.Module:
+        maps = FeatureMaps(model, self.config.output_stride)
+        return Segmenter(maps, num_classes, self.config.head, self.mean, self.std)
+
+    def module(self, network: nn.Module) -> nn.Module:
+        return SegmentationModule(network)
+
+    def batch(self, data: MaskData, positions: Sequence[int], epoch: int) -> SegmentationBatch:
+        pairs = [self._augmented(data, position, epoch) for position in positions]
+        return SegmentationBatch(
+            torch.from_numpy(np.stack([image for image, _ in pairs])).permute(0, 3, 1, 2),
+            torch.from_numpy(np.stack([mask for _, mask in pairs])),
+            torch.tensor(positions, dtype=torch.int64),
+        )
+
+    def _augmented(self, data: MaskData, position: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return an image, uint8 [crop, crop, 3], and its mask, scaled, cropped and mirrored by chance."""
         config = self.config
         generator = sample_generator(config.training.seed, epoch, position)
-        image, mask = self.train.read(position)
+        image, mask = data.read(position)
         scale = generator.uniform(config.min_scale, config.max_scale)
         image, mask = scaled_pair(image, mask, scale * config.image_size)
-        image, mask = random_crop(image, mask, config.crop_size or config.image_size, generator, self.fill)
+        fill = np.array([round(255 * value) for value in self.mean], np.uint8)
+        image, mask = random_crop(image, mask, config.crop_size or config.image_size, generator, fill)
         if generator.random() < config.flip:
             image, mask = image[:, ::-1], mask[:, ::-1]
         return np.ascontiguousarray(image), np.ascontiguousarray(mask)
 
-    def sample_ids(self, indices_B: Tensor) -> list[str]:
-        return [self.train.image_paths[index] for index in indices_B.tolist()]
+    def nothing(self, data: MaskData) -> np.ndarray:
+        """Return int64 [C, C]: rows are labels, columns predictions."""
+        return np.zeros((len(data.class_names),) * 2, np.int64)
 
-    def validate(self, context: WorkerContext) -> dict[str, float]:
-        meter = ConfusionMeter({"": self.module.segmenter}, self.validation, self.config)
-        meter.device = context.device
-        mine = np.arange(context.rank, len(self.validation), context.world_size)
-        confusion_CC = context.reduce_sum(torch.from_numpy(meter(mine)[""]).to(context.device))
-        metrics = segmentation_metrics(confusion_CC.cpu().numpy())
-        return {"accuracy": metrics.mean_iou, "pixel_accuracy": metrics.pixel_accuracy}
+    def look(
+        self, networks: dict[str, nn.Module], data: MaskData, positions: Sequence[int], device: torch.device
+    ) -> dict[str, np.ndarray]:
+        pairs = [data.read(position) for position in positions]
+        scaled = [scaled_pair(image, mask, self.config.image_size)[0] for image, mask in pairs]
+        found = {name: self.nothing(data) for name in networks}
+        for rows in _same_shape([image.shape for image, _ in pairs]):
+            images = torch.from_numpy(np.stack([scaled[row] for row in rows])).to(device)
+            masks = np.stack([pairs[row][1] for row in rows])
+            for name, segmenter in networks.items():
+                logits: Tensor = segmenter(images.permute(0, 3, 1, 2))
+                logits = F.interpolate(logits.float(), masks.shape[1:], mode="bilinear", align_corners=False)
+                found[name] += confusion_matrix(masks, logits.argmax(dim=1).cpu().numpy(), len(found[name]))
+        return found
 
-    @property
-    def kept(self) -> nn.Module:
-        return self.module.segmenter
-
-
-class ConfusionMeter:
-    """Confusion matrices of segmentation networks on images; pickles, to be sent to workers.
-
-    The network sees the image scaled to `image_size`; its logits are scaled back, so that every labelled pixel
-    of the mask counts once.
-
-    Args:
-        segmenters: by name.
-    """
-
-    def __init__(self, segmenters: dict[str, Segmenter], data: MaskData, config: SegmentConfig) -> None:
-        self.segmenters, self.data, self.config = segmenters, data, config
-        self.device = torch.device("cpu")
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def to(self, device: str | torch.device) -> "ConfusionMeter":
-        """Move the networks; called once, by the worker that runs them."""
-        self.device = torch.device(device)
-        for segmenter in self.segmenters.values():
-            segmenter.to(self.device).eval()
-        cv2.setNumThreads(1)
-        return self
-
-    @torch.no_grad()
-    def __call__(self, positions: np.ndarray) -> dict[str, np.ndarray]:
-        """Return each network's int64 [C, C] over these images: rows are labels, columns predictions."""
-        number = len(self.data.class_names)
-        sums = {name: np.zeros((number, number), np.int64) for name in self.segmenters}
-        step = self.config.training.evaluation_batch_size
-        for start in range(0, len(positions), step):
-            pairs = [self.data.read(int(position)) for position in positions[start : start + step]]
-            scaled = [scaled_pair(image, mask, self.config.image_size)[0] for image, mask in pairs]
-            for rows in _same_shape([image.shape for image, _ in pairs]):
-                images = torch.from_numpy(np.stack([scaled[row] for row in rows])).to(self.device)
-                masks = np.stack([pairs[row][1] for row in rows])
-                for name, segmenter in self.segmenters.items():
-                    logits = segmenter(images.permute(0, 3, 1, 2))
-                    logits = F.interpolate(
-                        logits.float(), masks.shape[1:], mode="bilinear", align_corners=False
-                    )
-                    sums[name] += confusion_matrix(masks, logits.argmax(dim=1).cpu().numpy(), number)
-        return sums
+    def metrics(self, data: MaskData, found: np.ndarray) -> DenseMetrics:
+        metrics = segmentation_metrics(found)
+        figures: dict[str, float | None] = {
+            "mIoU": metrics.mean_iou,
+            "pixel accuracy": metrics.pixel_accuracy,
+        }
+        iou = dict(zip(data.class_names, metrics.iou, strict=True))
+        return DenseMetrics(metrics.mean_iou, figures, {"iou": iou})
 
 
 def _same_shape(shapes: list[tuple[int, ...]]) -> list[list[int]]:

@@ -62,8 +62,8 @@ def zero_shot_logits(
     """Return the logits [N, C].
 
     Args:
-        features: float32 [N, S]. bank_CE: text embeddings, unit length.
+        features: float32 [N, S]. bank_CE: text embeddings, unit length; on the projector's device.
     """
-    embedding_NE = F.normalize(projector(torch.from_numpy(features)), dim=1)
+    embedding_NE = F.normalize(projector(torch.tensor(features, device=bank_CE.device)), dim=1)
     logits_NC: Tensor = scale * embedding_NE @ bank_CE.T
     return logits_NC
