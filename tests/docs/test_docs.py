@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tmkd_ray.cli import _parser
-from tmkd_ray.config_reading import read_config
+from tmkd_ray.config.transfer import TRANSFERS
+from tmkd_ray.config_reading import read_config, read_tree, resolve_as
 from tmkd_ray.config_reference import config_reference
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +83,13 @@ def test_commands_of_the_documents_are_understood(
         if language == "yaml" and first.startswith("# ") and first.endswith(".yaml"):
             (tmp_path / first[2:]).write_text(block)
     path = tmp_path / config if (tmp_path / config).exists() else ROOT / config
-    read_config(path, [override for override in overrides if "=" in override])
+    overrides = [override for override in overrides if "=" in override]
+    if hasattr(options, "task"):  # of `tmkd transfer`
+        tree, source = read_tree(path, overrides)
+        given = {"student": options.student, "data": options.data}
+        resolve_as(TRANSFERS.get(options.task), tree | given, source)
+    else:
+        read_config(path, overrides)
 
 
 def test_the_reference_is_that_of_the_code() -> None:
