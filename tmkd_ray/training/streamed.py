@@ -4,6 +4,7 @@ A piece is what one worker needs for a few steps in a row. Pieces are numbered a
 taking turns; each travels, like a shard, as an Arrow table of one row.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -82,13 +83,20 @@ class StreamPlan:
 
     def rows(self, piece: Piece) -> np.ndarray:
         """Return int64 positions of the piece's images in the training set, step after step."""
-        order_N = epoch_order(len(self.index), self.seed, piece.epoch).numpy()
+        order_N = _order_of(len(self.index), self.seed, piece.epoch)
         size = self.local_size * self.world_size
         steps = order_N[: self.num_steps * size].reshape(self.num_steps, self.world_size, self.local_size)
         chosen: np.ndarray = steps[piece.first_step : piece.first_step + piece.num_steps, piece.rank].reshape(
             -1
         )
         return chosen
+
+
+@functools.lru_cache(maxsize=2)
+def _order_of(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    """Return an epoch's permutation, which all of its pieces need: drawn for each, it would outweigh them."""
+    order: np.ndarray = epoch_order(num_samples, seed, epoch).numpy()
+    return order
 
 
 class StreamedViewStage:
