@@ -13,6 +13,7 @@ from tiny_road import TINY
 from tmkd_ray.cli import main
 from tmkd_ray.config_reading import read_config
 from tmkd_ray.knowledge import KnowledgeStore
+from tmkd_ray.stages import distillation
 from tmkd_ray.stages.distillation import found_students
 from tmkd_ray.stages.experiment import open_experiment
 
@@ -139,3 +140,17 @@ def test_every_loader_gives_the_same_student(tiny_copy, tmp_path):
         for name, value in weights["resident"].items():
             assert torch.equal(value, weights[loader][name]), (loader, name)
         assert any((tmp_path / loader).rglob("feature.npy")), loader
+        # The validation images are not loaded either.
+        assert any((tmp_path / loader).rglob("*-validation/images.npy")), loader
+
+
+@pytest.mark.parametrize(("memory", "mapped"), [(10**12, False), (0, True)])
+def test_what_does_not_fit_the_memory_is_mapped_the_validation_images_too(
+    tiny_copy, tmp_path, monkeypatch, memory, mapped
+):
+    options = [*TINY, f"output={tiny_copy}", f"knowledge.node_copies={tmp_path}"]
+    experiment = open_experiment(read_config(None, options))
+    monkeypatch.setattr(distillation, "available_memory", lambda: memory)
+    store = KnowledgeStore(experiment.store_path)
+    arrays = distillation._validation(experiment, store, experiment.config.training, torch.device("cpu"))
+    assert isinstance(arrays.images, np.memmap) == mapped

@@ -17,6 +17,7 @@ from tmkd_ray.config.transfer import ClassificationConfig
 from tmkd_ray.stages.evaluation import worker_pool
 from tmkd_ray.stages.pipeline import actors_errors, plan_dataset
 from tmkd_ray.stages.progress import Rate
+from tmkd_ray.stages.room import node_mark
 
 _CHUNK_IMAGES = 512
 """What an actor takes at once, and computes again if it is lost."""
@@ -72,7 +73,9 @@ class ChunkResults:
 
         It gets references as what they stand for.
         """
-        remote: Any = ray.remote(num_cpus=self.workers.num_cpus_per_worker, num_gpus=self.gpus)(function)
+        remote: Any = ray.remote(
+            num_cpus=self.workers.num_cpus_per_worker, num_gpus=self.gpus, resources=node_mark("train")
+        )(function)
         reference: ObjectRef = remote.remote(*arguments)
         return reference
 
@@ -129,4 +132,4 @@ def over_workers(
             num_chunks += bundle.num_rows() or 0
             progress.advance(min(num_chunks * size, count) - progress.done)
     assert num_chunks == len(tables), "a chunk is missing"
-    return ChunkResults(blocks, workers, gpus)
+    return ChunkResults(blocks, workers, pool["num_gpus"] or 0.0)

@@ -190,7 +190,7 @@ def _build_student(
 ) -> TrainTask:
     config = experiment.config
     store = KnowledgeStore(experiment.store_path)
-    validation = _validation(experiment, store)
+    validation = _validation(experiment, store, training, device)
     assert validation.images is not None
     source = _source(experiment, store, distiller, training, device)
     teacher_maps = None
@@ -227,7 +227,7 @@ def _build_pretraining(
 ) -> TrainTask:
     config = experiment.config
     store = KnowledgeStore(experiment.store_path)
-    validation = _validation(experiment, store)
+    validation = _validation(experiment, store, training, device)
     assert validation.images is not None
     source = _source(experiment, store, pretraining, training, device)
     torch.manual_seed(training.seed)  # as for any student
@@ -264,10 +264,12 @@ def student_task(
     return _build_pretraining(experiment, distiller, training, bank, own, origin, device)
 
 
-def _validation(experiment: Experiment, store: KnowledgeStore) -> KnowledgeArrays:
+def _validation(
+    experiment: Experiment, store: KnowledgeStore, training: TrainingConfig, device: torch.device
+) -> KnowledgeArrays:
     """Return the validation images and labels: mapped where the training's arrays are."""
     knowledge = experiment.config.knowledge
-    if knowledge.mode == "cached" and knowledge.loader == "mapped":
+    if knowledge.mode == "cached" and _loader(experiment, store, training, device) != "resident":
         return map_store(store, "validation", knowledge.node_copies, functools.partial(read_images, experiment))
     return with_images(experiment, store.read("validation", with_teacher=False))
 
@@ -321,11 +323,8 @@ def _stored_source(
 ) -> BatchSource:
     """Return the batches of a cached store, by the loader that the configuration names or the size asks for."""
     config = experiment.config
-    loader = config.knowledge.loader
+    loader = _loader(experiment, store, training, device)
     layout = store.manifest().layouts["train"]
-    if loader == "auto":
-        fits = _fits_memory(layout, store.manifest().rows("train"), device, training.num_workers)
-        loader = "resident" if fits or layout.image_format == "reference" else "mapped"
     if loader == "resident":
         arrays = with_images(experiment, store.read("train", with_teacher=taught))
         return resident_source(arrays, training, config.augmentation, device, taught)
@@ -342,6 +341,19 @@ def _stored_source(
     if loader == "mapped":
         return MappedKnowledge(rows, device)
     return StreamedStore(store, rows, config.knowledge.views, config.knowledge.node_copies, training, device)
+
+
+def _loader(
+    experiment: Experiment, store: KnowledgeStore, training: TrainingConfig, device: torch.device
+) -> str:
+    """Return the loader of a cached store that the configuration names or the size asks for."""
+    loader: str = experiment.config.knowledge.loader
+    if loader == "auto":
+        manifest = store.manifest()
+        layout = manifest.layouts["train"]
+        fits = _fits_memory(layout, manifest.rows("train"), device, training.num_workers)
+        loader = "resident" if fits or layout.image_format == "reference" else "mapped"
+    return loader
 
 
 def _fits_memory(layout: KnowledgeLayout, rows: int, device: torch.device, num_workers: int) -> bool:
