@@ -1,8 +1,11 @@
 """A sweep through the code, and hostile files: nothing they hold is run, nothing leaves its folder."""
 
 import ast
+import json
 import os
 import pickle
+import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,17 +121,20 @@ def test_a_checkpoint_that_would_run_code_is_refused(hostile, tmp_path, file_for
     assert not sign.exists()
 
 
-def test_a_damaged_training_checkpoint_runs_no_code(hostile, tmp_path):
+def test_a_training_checkpoint_that_would_run_code_is_refused(hostile, tmp_path):
+    """Even one whose checksums are right."""
     from tmkd_ray.training import checkpoint
 
     bomb, sign = hostile
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    torch.save(bomb, folder / "tensors.pt")
-    source = Path(checkpoint.__file__).read_text()
-    assert "weights_only=True" in source
-    with pytest.raises(pickle.UnpicklingError):
-        torch.load(folder / "tensors.pt", weights_only=True)
+    with checkpoint.written_checkpoint(checkpoint.TrainingState(key="k"), {}) as written:
+        folder = shutil.copytree(written, tmp_path / "checkpoint")
+    assert checkpoint.read_checkpoint(folder, "k") is not None
+    torch.save({"module": bomb}, folder / "tensors.pt")
+    content = json.loads((folder / "state.json").read_text())
+    content["tensors_crc32"] = zlib.crc32((folder / "tensors.pt").read_bytes())
+    (folder / "state.json").write_text(json.dumps(content))
+    with pytest.raises(checkpoint.DamagedCheckpointError, match="UnpicklingError"):
+        checkpoint.read_checkpoint(folder, "k")
     assert not sign.exists()
 
 
@@ -143,8 +149,6 @@ def test_a_configuration_that_would_run_code_is_refused(tmp_path, capsys, text):
 
 @pytest.mark.parametrize("field", ["file", "split"])
 def test_a_store_whose_manifest_leads_out_of_its_folder_is_refused(tmp_path, field):
-    import json
-
     from tmkd_ray.knowledge.store import SCHEMA_VERSION, KnowledgeStore
 
     record = {
