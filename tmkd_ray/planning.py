@@ -1,14 +1,15 @@
 """What a run would take on a cluster: images a second, hours, bytes, dollars, and what holds the rest back.
 
-A model of the road in a dozen numbers (`Constants`), each either measured by `benchmarks/plan_constants.py` or
-an estimate that says so. Per stage: work of an image ÷ what the nodes do in a second. Knowledge is a pipeline,
-as fast as its slowest stage; trainings come after it, one after the other.
+A model of the road in two dozen numbers (`Constants`): what `benchmarks/plan_constants.py` measured, and what
+it cannot, which says so. Per stage: work of an image ÷ what the nodes do in a second. Knowledge is a pipeline,
+as fast as its slowest stage, between what the driver does alone before and after it; trainings come last, one
+after the other. docs/scaling.md explains it.
 """
 
 import importlib.resources
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,14 +27,14 @@ from tmkd_ray.types import TaskSpec
 
 NODE_KINDS = ("views", "teacher", "train")
 
-_BACKWARD = 3
-"""FLOPs of a training step over those of its forward pass: the backward pass costs twice as much again."""
-
-_ID_CHARACTERS = 24
-"""Of a sample's id, held by NumPy at 4 bytes a character, beside 20 bytes of label and place."""
-
 _SHARD_BYTES = 64 * 2**20
 """Of views that travel as one piece, as in the knowledge stage."""
+
+_REQUESTS_AT_ONCE = 32
+"""Of the driver to the object store, as in `knowledge.store`."""
+
+_OF_MEMORY = 0.5
+"""The part of a machine's memory that the data may take: the rest is the programs' and Ray's object store."""
 
 
 class PerSize(Settings):
@@ -54,19 +55,66 @@ class CoreConstants(Settings):
         decode_s: to read, decode and store an image, whatever the number of its variants.
         variant_s: to augment it once more and compute the views.
         write_bytes_per_s: of a shard as Parquet. flops: float32 operations a second of a convolutional network.
+        matmul_flops: of a large matrix product, which bounds `flops`.
+        step_over_forward: time of a training step over that of its forward pass.
     """
 
     decode_s: PerSize
     variant_s: PerSize
     write_bytes_per_s: float = Field(gt=0)
     flops: float = Field(gt=0)
+    matmul_flops: float = Field(gt=0)
+    step_over_forward: float = Field(gt=1)
+
+    @property
+    def utilisation(self) -> float:
+        """The part of a core that a network reaches."""
+        return self.flops / self.matmul_flops
 
 
 class RayConstants(Settings):
-    """Seconds: to start a pipeline of actors; and of Ray's own for each shard that passes."""
+    """What Ray takes.
+
+    Attributes:
+        start_s: to start a pipeline of actors. shard_s: of its scheduler for each shard that passes.
+        object_bytes_per_s: that one process puts into the object store and reads from it again.
+    """
 
     start_s: float = Field(ge=0)
     shard_s: float = Field(gt=0)
+    object_bytes_per_s: float = Field(gt=0)
+
+
+class DriverConstants(Settings):
+    """What grows with the data on the one machine that drives a run.
+
+    Attributes:
+        image_s: to list an image, choose its split and hash its id. image_bytes: of memory for that, at most.
+        image_kept_bytes: of the list that goes to each process of the run.
+        shard_s: to plan a shard, hand it to Ray, and find, check and list it in the manifest when it is done,
+            on a local disk. shard_bytes: of memory at most. manifest_bytes: of the file.
+    """
+
+    image_s: float = Field(gt=0)
+    image_bytes: float = Field(ge=0)
+    image_kept_bytes: float = Field(gt=0)
+    shard_s: float = Field(gt=0)
+    shard_bytes: float = Field(ge=0)
+    manifest_bytes: float = Field(gt=0)
+
+
+class ObjectStore(Settings):
+    """An object store; `source` says whose word that is.
+
+    Attributes:
+        reads_per_s, writes_per_s: that it answers within one folder before it throttles.
+        request_s: until it answers a small request.
+    """
+
+    reads_per_s: float = Field(gt=0)
+    writes_per_s: float = Field(gt=0)
+    request_s: float = Field(gt=0)
+    source: str
 
 
 class Gpu(Settings):
@@ -99,17 +147,37 @@ class Prices(Settings):
     note: str
     dollars_per_gb_month: float = Field(ge=0)
     dollars_per_1000_writes: float = Field(ge=0)
+    dollars_per_1000_reads: float = Field(ge=0)
 
 
-class Constants(Settings):
-    """The numbers of the model; `note` says where and when they were measured."""
+class Measured(Settings):
+    """On what, when, by what and at which sizes the measured numbers were."""
 
-    note: str
-    core: CoreConstants
-    ray: RayConstants
+    hardware: str
+    date: str
+    software: str
+    sizes: dict[str, int]
+
+    def __str__(self) -> str:
+        return f"measured {self.date} on {self.hardware} ({self.software})"
+
+
+class Assumptions(Settings):
+    """What `benchmarks/plan_constants.py` does not measure: assumed, looked up, or an example."""
+
     gpus: dict[str, Gpu]
     nodes: dict[Literal["head", "views", "teacher", "train"], Node]
+    store: ObjectStore
     prices: Prices
+
+
+class Constants(Assumptions):
+    """The numbers of the model: what was measured, and what is assumed."""
+
+    measured: Measured
+    core: CoreConstants
+    ray: RayConstants
+    driver: DriverConstants
 
 
 @dataclass(frozen=True)
@@ -152,20 +220,40 @@ class Plan:
         return self.knowledge_hours + sum(hours for _, hours, _ in self.trainings)
 
 
-def unmeasured() -> dict[str, Any]:
-    """Return the fields of `Constants` that are not measured: GPUs by data sheet, machines, example prices."""
+def assumptions() -> Assumptions:
+    """Return what comes with the package and is not measured: GPUs by data sheet, machines, example prices."""
+    packaged = _packaged()
+    return Assumptions.model_validate({name: packaged[name] for name in Assumptions.model_fields})
+
+
+def packaged_constants() -> Constants | None:
+    """Return the numbers that come with the package; None if there are only assumptions among them."""
+    packaged = _packaged()
+    return Constants.model_validate(packaged) if "measured" in packaged else None
+
+
+def _packaged() -> dict[str, Any]:
     content: dict[str, Any] = json.loads(
         (importlib.resources.files("tmkd_ray") / "plan_constants.json").read_bytes()
     )
     return content
 
 
-def read_constants(path: str) -> Constants:
-    """Read the numbers of the model.
+def read_constants(path: str | None) -> Constants:
+    """Read the numbers of the model; those of the package if there is no path.
 
     Raises:
-        UserError: there is no such file, or it is not one of `benchmarks/plan_constants.py`.
+        UserError: there is no such file, or it is not one of `benchmarks/plan_constants.py`; or none were
+            measured for the package.
     """
+    if path is None:
+        packaged = packaged_constants()
+        if packaged is None:
+            raise UserError(
+                "--constants: none were measured for this version of the package; measure them by "
+                "`python benchmarks/plan_constants.py --output FILE` and give --constants FILE"
+            )
+        return packaged
     if not storage.exists(path):
         raise UserError(f"--constants: there is no file {path}")
     try:
@@ -224,10 +312,12 @@ def make_plan(
     row = layout.bytes_per_image()
     pixels = variants * views * 3 * size**2
 
-    core = constants.core
+    core, driver = constants.core, constants.driver
     cpu_s = core.decode_s.at(size) + variants * core.variant_s.at(size) + row / core.write_bytes_per_s
+    cpu_s += (pixels + row) / constants.ray.object_bytes_per_s
     cores = nodes["views"] * kinds["views"].cores
     shard_rows = min(config.knowledge.shard_rows, max(1, _SHARD_BYTES // pixels))
+    shards = math.ceil(images / shard_rows)
     teachers = [("visual teacher", visual_flops, config.knowledge.visual.precision)]
     if clip_flops:
         teachers.append(("CLIP", clip_flops, config.knowledge.text.precision))
@@ -245,40 +335,56 @@ def make_plan(
         Stage("Ray's shards", "one scheduler", shard_rows / constants.ray.shard_s, "measured"),
     ]
     slowest = min(stage.per_s for stage in knowledge)
-    knowledge_hours = (images / slowest + constants.ray.start_s) / 3600
+    # Every shard's record is read twice when all are done, see `KnowledgeStore.finish`.
+    driver_s = images * driver.image_s + shards * driver.shard_s
+    driver_s += 2 * shards * constants.store.request_s / _REQUESTS_AT_ONCE
+    knowledge_hours = (images / slowest + driver_s + constants.ray.start_s) / 3600
 
-    fits: list[tuple[str, float, TrainingConfig]] = []
-    if config.teacher.visual.checkpoint is None:
-        fits.append(("fit of the visual teacher", visual_flops, config.teacher.visual.fit))
-    if config.teacher.text is not None and config.teacher.text.model is None:
-        fits.append(("fit of CLIP", clip_flops, config.teacher.text.fit))
+    flops_of = {"the visual teacher": visual_flops, "CLIP": clip_flops}
+    fits = [(f"fit of {name}", flops_of[name], fit) for name, fit in fits_of_teachers(config).items()]
     student_flops, _ = network_flops(config.student.model, size, classes)
     runs = len(config.named_methods()) * len(config.seeds or (0,))
     fits.append((f"{runs} student{'s' if runs > 1 else ''}", runs * student_flops, config.training))
     trainings = []
     for name, flops, training in fits:
         speed, _, basis = _speed(kinds["train"], nodes["train"], training.precision, constants)
-        hours = images * training.epochs * _BACKWARD * flops / speed / 3600
+        hours = images * training.epochs * core.step_over_forward * flops / speed / 3600
         trainings.append((f"{name}, {training.epochs} epochs", hours, basis))
 
     training_hours = sum(hours for _, hours, _ in trainings)
     dollars = knowledge_hours * sum(nodes[k] * kinds[k].dollars_per_hour for k in ("views", "teacher"))
     dollars += training_hours * nodes["train"] * kinds["train"].dollars_per_hour
     dollars += (knowledge_hours + training_hours) * constants.nodes["head"].dollars_per_hour
-    shards = math.ceil(images / shard_rows)
     writes = 2 * shards  # a file and its record
+    # Of Parquet a file's size, footer and columns for each shard; its record, twice; then by training nodes.
+    reads = (images if config.dataset.name == "image_folder" else 3 * shards) + (2 + nodes["train"]) * shards
     dollars += writes / 1000 * constants.prices.dollars_per_1000_writes
+    dollars += reads / 1000 * constants.prices.dollars_per_1000_reads
     stored = images * row
+    loaded = images * replace(layout, image_format="raw").bytes_per_image()
     plan = Plan(knowledge, trainings, knowledge_hours, dollars)
     plan.facts = {
         "store": f"{_bytes(stored)}, {row / variants:,.0f} bytes an image and variant ({layout.dtype}, images "
         f"{layout.image_format}), ${stored / 1e9 * constants.prices.dollars_per_gb_month:,.0f} a month",
-        "shards": f"{shards:,} of {shard_rows} images: {writes:,} objects written",
+        "shards": f"{shards:,} of {shard_rows} images: {writes:,} objects written, about {reads:,} requests to "
+        f"read; manifest {_bytes(shards * driver.manifest_bytes)}",
+        "in the memory or on the disk of each training node, decoded": _bytes(loaded),
         "traffic between the stages": f"{_bytes(images * (pixels + row))} of pixels and images",
+        "the driver alone": f"{driver_s / 3600:,.2f} hours for the lists of images and shards",
         "nodes": ", ".join(f"{nodes[kind]} × {kinds[kind].machine} ({kind})" for kind in NODE_KINDS),
     }
-    plan.limits = _limits(config, nodes, images, stored, kinds, shards)
+    plan.limits = _limits(config, nodes, images, plan, loaded, shards, constants)
     return plan
+
+
+def fits_of_teachers(config: ExperimentConfig) -> dict[str, TrainingConfig]:
+    """Return how the teachers that are not given are fitted, by name."""
+    fits: dict[str, TrainingConfig] = {}
+    if not config.teacher.visual.is_given:
+        fits["the visual teacher"] = config.teacher.visual.fit
+    if config.teacher.text is not None and config.teacher.text.model is None:
+        fits["CLIP"] = config.teacher.text.fit
+    return fits
 
 
 def _speed(node: Node, count: int, precision: str, constants: Constants) -> tuple[float, str, str]:
@@ -300,36 +406,80 @@ def _limits(
     config: ExperimentConfig,
     nodes: dict[str, int],
     images: int,
-    stored: float,
-    kinds: dict[str, Node],
+    plan: Plan,
+    loaded: float,
     shards: int,
+    constants: Constants,
 ) -> list[str]:
-    """Say what of the machines' memory and disks such a run would burst."""
-    limits = []
-    node = kinds["train"]
-    index = images * (4 * _ID_CHARACTERS + 20)
+    """Say what of the machines and of this program such a run would burst, the closest to its limit first."""
+    driver, store = constants.driver, constants.store
+    head, node = constants.nodes["head"], constants.nodes["train"]
     workers = max(1, config.training.num_workers // nodes["train"])
-    memory = node.memory_gib * 2**30
-    if workers * stored > 0.5 * memory:
-        limits.append(
-            f"the store, {_bytes(stored)}, does not fit the memory of {workers} workers a training node "
-            f"({node.memory_gib:g} GiB): knowledge.loader mapped or streaming"
+    head_memory, memory = (machine.memory_gib * 2**30 * _OF_MEMORY for machine in (head, node))
+    limits: list[tuple[float, str]] = []
+
+    def limit(used: float, of: float, text: str) -> None:
+        if used > of:
+            limits.append((used / of, text))
+
+    driver_bytes = images * driver.image_bytes + shards * driver.shard_bytes
+    limit(
+        driver_bytes,
+        head_memory,
+        f"the driver: {_bytes(driver_bytes)} for the lists of images and shards, on a head of "
+        f"{head.memory_gib:g} GiB: a larger head, or cut the data into parts",
+    )
+    if config.knowledge.loader == "resident":
+        limit(
+            workers * loaded,
+            memory,
+            f"memory for training: {_bytes(loaded)} in each of {workers} workers of a node of "
+            f"{node.memory_gib:g} GiB: knowledge.loader=mapped or streaming",
         )
-    if stored > 0.8 * node.disk_gib * 2**30:
-        limits.append(
-            f"nor the disk of a training node ({node.disk_gib:g} GiB), where mapped keeps its copy: larger "
-            "disks, fewer variants, knowledge.images=reference, or mode online"
+    elif workers * loaded > memory:
+        limit(
+            loaded,
+            0.8 * node.disk_gib * 2**30,
+            f"disks for training: the copy of the store, decoded, is {_bytes(loaded)}, and a node's disk "
+            f"{node.disk_gib:g} GiB: larger disks, fewer variants, or knowledge.mode streaming",
         )
-    if (workers + 1) * index > 0.25 * memory:
-        limits.append(
-            f"the list of samples, {_bytes(index)} in the driver and in each worker, takes too much memory of "
-            f"{node.memory_gib:g} GiB: cut the data into parts"
+    for name, fit in fits_of_teachers(config).items():
+        pixels = images * 3 * config.dataset.image_size**2
+        fitting = max(1, fit.num_workers // nodes["train"])
+        limit(
+            fitting * pixels,
+            memory,
+            f"memory for the fit of {name}: {_bytes(pixels)} of images in each of {fitting} workers of a node "
+            f"of {node.memory_gib:g} GiB: give it, or fit it on a part (dataset.limit)",
         )
-    if shards > 500_000:
-        limits.append(
-            f"{shards:,} shards are one Ray Data job and one list of objects: cut the data into parts"
-        )
-    return limits
+    kept = images * driver.image_kept_bytes
+    limit(
+        (workers + 1) * kept,
+        memory,
+        f"the list of images in each process: {_bytes(kept)} × {workers + 1} on a training node of "
+        f"{node.memory_gib:g} GiB: cut the data into parts",
+    )
+    limit(
+        driver.manifest_bytes * shards,
+        1e9,
+        f"the manifest: {_bytes(driver.manifest_bytes * shards)} of JSON, read whole by every process that "
+        "opens the store: fewer variants or views, which make larger shards, or cut the data into parts",
+    )
+    slowest = plan.bottleneck.per_s * shards / images  # shards a second
+    folder = config.dataset.name == "image_folder"
+    limit(
+        plan.bottleneck.per_s if folder else slowest,
+        store.reads_per_s,
+        f"requests to read: {plan.bottleneck.per_s if folder else slowest:,.0f} a second of "
+        f"{store.reads_per_s:,.0f} that the object store answers in one folder: pack the images into Parquet",
+    )
+    limit(
+        2 * slowest,
+        store.writes_per_s,
+        f"requests to write: {2 * slowest:,.0f} a second of {store.writes_per_s:,.0f} that the object store "
+        "answers in one folder",
+    )
+    return [text for _, text in sorted(limits, reverse=True)]
 
 
 def network_flops(model: str, image_size: int, classes: int) -> tuple[float, int]:
@@ -394,8 +544,8 @@ def vit_flops(image_size: int, patch_size: int, width: int, layers: int) -> floa
     return 2.0 * (layers * layer + patches)
 
 
-def format_plan(plan: Plan, images: int, constants: Constants) -> str:
-    """Return the plan as Markdown."""
+def format_plan(plan: Plan, images: int, constants: Constants, source: str) -> str:
+    """Return the plan as Markdown; `source` says whose constants they are."""
     lines = [
         f"{images:,} images on {plan.facts['nodes']}",
         "",
@@ -422,7 +572,68 @@ def format_plan(plan: Plan, images: int, constants: Constants) -> str:
         ]
     else:
         lines.append("- memory and disks suffice")
-    lines.append(f"- constants: {constants.note}")
+    lines.append(f"- constants of {source}: {constants.measured}; GPUs, machines, prices were not measured")
+    return "\n".join(lines)
+
+
+def format_measured(constants: Constants) -> str:
+    """Return the measured numbers as a Markdown table, for people."""
+    core, ray, driver = constants.core, constants.ray, constants.driver
+
+    def pair(cost: PerSize) -> str:
+        return f"{1e6 * cost.at_32:,.3g} / {1e6 * cost.at_224:,.4g} µs"
+
+    rows = [
+        ("views: read, decode, store an image of 32 / 224 pixels, one core", pair(core.decode_s)),
+        ("views: each variant: augment, three views", pair(core.variant_s)),
+        ("writing: Parquet, one core", f"{core.write_bytes_per_s / 1e6:,.0f} MB/s"),
+        (
+            "teachers without a GPU: ResNet-18 at 224 pixels, float32, one core",
+            f"{core.flops / 1e9:,.3g} GFLOP/s",
+        ),
+        ("a large matrix product on the same core", f"{core.matmul_flops / 1e9:,.3g} GFLOP/s"),
+        ("training: a step over its forward pass", f"{core.step_over_forward:.3g} ×"),
+        ("Ray: to start three pools", f"{ray.start_s:.3g} s"),
+        ("Ray: a shard through three pools that do nothing", f"{1e3 * ray.shard_s:.3g} ms"),
+        ("Ray: into the object store and out, one process", f"{ray.object_bytes_per_s / 1e6:,.0f} MB/s"),
+        ("driver: to list an image", f"{1e6 * driver.image_s:.3g} µs, {driver.image_bytes:,.0f} bytes at most"),
+        ("every process: an image of the list", f"{driver.image_kept_bytes:,.0f} bytes"),
+        (
+            "driver: to plan a shard and list it",
+            f"{1e3 * driver.shard_s:.3g} ms, {driver.shard_bytes:,.0f} bytes at most",
+        ),
+        ("manifest: a shard", f"{driver.manifest_bytes:,.0f} bytes"),
+    ]
+    lines = [f"| {constants.measured} | |", "|---|---:|", *(f"| {name} | {value} |" for name, value in rows)]
+    return "\n".join(lines)
+
+
+def format_assumed(constants: Assumptions) -> str:
+    """Return what was not measured as a Markdown table, with its source."""
+    lines = ["| not measured | | where it is from |", "|---|---|---|"]
+    for name, gpu in constants.gpus.items():
+        peaks = ", ".join(
+            f"{getattr(gpu, kind) / 1e12:g} TFLOP/s in {kind}" for kind in ("float32", "bfloat16", "float16")
+        )
+        lines.append(f"| {name} | {peaks}; networks reach {gpu.utilisation:.0%} of it | {gpu.source} |")
+    for kind, node in constants.nodes.items():
+        gpus = f", {node.gpus} × {node.gpu}" if node.gpus else ""
+        facts = (
+            f"{node.machine}: {node.cores} cores{gpus}, {node.memory_gib:g} GiB, disk {node.disk_gib:g} GiB, "
+            f"{node.network_gbit:g} Gbit/s, ${node.dollars_per_hour:g} an hour"
+        )
+        lines.append(f"| {kind} node | {facts} | {constants.prices.note} |")
+    store, prices = constants.store, constants.prices
+    facts = (
+        f"{store.reads_per_s:,.0f} reads, {store.writes_per_s:,.0f} writes a second in a folder; "
+        f"{1e3 * store.request_s:g} ms a small request"
+    )
+    lines.append(f"| object store | {facts} | {store.source} |")
+    facts = (
+        f"${prices.dollars_per_gb_month:g} a GB and month, ${prices.dollars_per_1000_writes:g} for 1,000 "
+        f"writes, ${prices.dollars_per_1000_reads:g} for 1,000 reads"
+    )
+    lines.append(f"| object store, prices | {facts} | {prices.note} |")
     return "\n".join(lines)
 
 

@@ -24,9 +24,9 @@ class PlanCommand(Command):
         )
         parser.add_argument(
             "--constants",
-            required=True,
             metavar="FILE",
-            help="measured by `python benchmarks/plan_constants.py --output FILE`; prices are in it too",
+            help="your own, by `python benchmarks/plan_constants.py --output FILE`, in which GPUs, machines "
+            "and prices are to be put in by hand; else those that come with the package, once measured",
         )
 
     def __call__(self, options: argparse.Namespace) -> int:
@@ -41,5 +41,6 @@ class PlanCommand(Command):
             images, classes = len(dataset.index("train")), len(dataset.class_names)
         if images < 1 or classes < 1:
             raise UserError("--images, --classes: at least 1")
-        print(format_plan(make_plan(config, nodes, images, classes, constants), images, constants))
+        plan = make_plan(config, nodes, images, classes, constants)
+        print(format_plan(plan, images, constants, options.constants or "the package"))
         return 0
