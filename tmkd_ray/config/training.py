@@ -24,7 +24,8 @@ class TrainingConfig(Settings, allow_inf_nan=False):
     `gradient_accumulation` divides each worker's part further, into micro-batches that go through the network
     one after the other; their mean gradient is the same. What looks at the samples together sees a micro-batch:
     batch normalisation, mixup and cutmix, and every loss that is no mean over samples (contrast within the
-    batch, relations between its samples, memory banks, which move after each micro-batch).
+    batch, relations between its samples, memory banks, which move after each micro-batch; those of LGD and SEED
+    once a step).
     """
 
     epochs: int = Field(default=20, ge=1)
