@@ -24,6 +24,8 @@ from tmkd_ray.results import (
 
 VIEWS = ("original", "edge", "high_frequency")
 
+_ON_META = ("test_models_torchvision.py", "test_planning.py", "test_plan_page.py")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let the tests that build on PyTorch's meta device go first, in a process that has loaded nothing yet.
@@ -31,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Once transformers has loaded a model, PyTorch 2.15 computes a linear layer on that device by a Python
     decomposition that mixes it up with the CPU.
     """
-    items.sort(key=lambda item: item.path.name != "test_models_torchvision.py")
+    items.sort(key=lambda item: item.path.name not in _ON_META)
 
 
 def history(num_epochs: int = 12, terms: tuple[str, ...] = ("ce", "kd")) -> list[EpochRecord]:
