@@ -82,14 +82,22 @@ def start_local_ray(num_cpus: int) -> None:
     # constant for this one, which has read the variable already.
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
     ray_constants.ENABLE_RAY_CLUSTER = False
-    with _native_stderr_closed():
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            logging_level="error",
-            log_to_driver=False,
-        )
+    for is_last in (False, True):
+        try:
+            with _native_stderr_closed():
+                ray.init(
+                    address="local",
+                    num_cpus=num_cpus,
+                    include_dashboard=False,
+                    logging_level="error",
+                    log_to_driver=False,
+                )
+            return
+        except Exception as error:
+            # Ray gives its own processes 30 s, which is short on a machine that is busy; there is no option.
+            if is_last or "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
 
 
 @contextlib.contextmanager
