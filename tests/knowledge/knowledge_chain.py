@@ -153,7 +153,7 @@ def write_with_bank(chain: Chain, folder: Path, **changes: Any) -> KnowledgeStor
 
 
 def shard_file(store: KnowledgeStore, split: str, number: int) -> Path:
-    return Path(store.path) / split / store.committed()[split, number].file
+    return file_of(Path(store.path), split, number)
 
 
 def assert_equal(found: KnowledgeArrays, expected: KnowledgeArrays) -> None:
